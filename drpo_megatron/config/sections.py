@@ -1,0 +1,249 @@
+"""The sections of a run's YAML file. A field without a default must be given.
+
+`drpo_megatron.config.objective` holds the tagged union of objectives; `load.py` reads and overrides; `checks.py`
+compares sections with each other and with the files they name, before any process starts.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from drpo_megatron.config.base import Section
+from drpo_megatron.config.objective import ObjectiveConfig
+
+
+class RunSection(Section):
+    name: str
+    """Names the run directory: `<output_dir>/<name>-<stamp>`."""
+    output_dir: str = "runs"
+    """Where run directories are made."""
+    run_dir: str | None = None
+    """An exact run directory instead of `<output_dir>/<name>-<stamp>`. Refused when it already holds a run."""
+    seed: NonNegativeInt = 0
+    """Seeds everything: prompt order, sampling, shuffles. The same seed and layout repeat a run."""
+    num_steps: PositiveInt
+    """Rollout-and-train steps. Each makes `trainer.optimizer_steps_per_rollout` optimiser steps."""
+
+
+class ModelSection(Section):
+    hf_path: str
+    """Directory of the Hugging Face checkpoint to start from: config.json, safetensors, tokenizer."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation. `full` recomputes every layer in the backward pass: least memory, about 1.3 x time."""
+    moe_token_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach their experts' ranks. `alltoall` scales; `allgather` suits few experts on few ranks."""
+    moe_aux_loss_coeff: NonNegativeFloat = 0.0
+    """Load-balancing loss. 0 for RL: its gradient is not the policy's."""
+    freeze_router: bool = False
+    """Keep the routers' weights as they are. Some find RL of MoE steadier with it."""
+
+
+class ParallelSection(Section):
+    num_ranks: PositiveInt = 1
+    """Trainer processes. data parallel = num_ranks / (tensor x pipeline x context)."""
+    tensor: PositiveInt = 1
+    """Tensor parallel size: splits heads, hidden sizes and the vocabulary."""
+    sequence: bool = False
+    """Sequence parallel: shards activations between the tensor-parallel regions. Required by MoE with tensor > 1."""
+    pipeline: PositiveInt = 1
+    """Pipeline stages."""
+    virtual_pipeline: PositiveInt | None = None
+    """Model chunks a stage (interleaved 1F1B): a smaller bubble for more communication."""
+    context: PositiveInt = 1
+    """Context parallel size: splits every sequence (zig-zag) over ranks."""
+    expert: PositiveInt = 1
+    """Expert parallel size: each rank holds num_experts / expert experts."""
+    expert_tensor: PositiveInt = 1
+    """Tensor parallel size inside an expert. 1 (whole experts) is nearly always right."""
+
+    @property
+    def data(self) -> int:
+        return self.num_ranks // (self.tensor * self.pipeline * self.context)
+
+
+class OptimizerSection(Section):
+    lr: PositiveFloat
+    """Peak learning rate."""
+    min_lr: NonNegativeFloat = 0.0
+    """Where cosine and linear schedules end."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Decay after the warm-up, over all optimiser steps of the run."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimiser steps of linear warm-up from 0."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled (AdamW); biases and norms are exempt."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Global gradient norm limit. 0 switches clipping off."""
+    distributed: bool = True
+    """Shard optimizer state (and FP32 masters) over data parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass goes on. Helps on GPUs."""
+
+
+class TrainerSection(Section):
+    backend: Literal["auto", "cpu", "gpu"] = "auto"
+    """`cpu`: gloo and the CPU platform; `gpu`: NCCL, nothing patched; `auto`: gpu where CUDA is there."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Compute dtype of the trainer. bf16 keeps FP32 masters in the optimizer."""
+    optimizer_steps_per_rollout: PositiveInt = 4
+    """Optimiser steps on one rollout, each on its own share of the sequences with mu frozen: the later are off-policy."""
+    max_tokens_per_micro_batch: PositiveInt = 8192
+    """Padded tokens of one packed micro-batch of one rank. Bounds activation memory. At least the longest sequence."""
+    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = "seq-mean-token-sum-norm"
+    """How per-token losses become one number, always over the whole global batch of an optimiser step."""
+    horizon: PositiveInt | None = None
+    """Divisor of seq-mean-token-sum-norm. None: rollout.max_response_tokens (the paper's choice)."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus. 0 in the paper."""
+    bad_behavior: Literal["drop", "raise"] = "drop"
+    """What to do with a live token whose mu is not finite: give it weight 0 and count it, or stop."""
+    log_ratio_max: PositiveFloat = 20.0
+    """Upper limit of log(pi/mu) in the loss."""
+    loss_chunk_mb: PositiveInt | None = None
+    """MiB of FP32 logits a chunk of the loss kernel. None: 1024 on a GPU, 64 on a CPU."""
+    optimizer: OptimizerSection
+
+
+class WarmupSection(Section):
+    data: str
+    """JSONL of demonstrations: the train file's fields and `response`."""
+    num_steps: PositiveInt
+    """Optimiser steps of supervised warm-up before RL."""
+    sequences_per_step: PositiveInt
+    """Demonstrations an optimiser step."""
+    optimizer: OptimizerSection
+
+
+class TransformersEngineSection(Section):
+    name: Literal["transformers"] = "transformers"
+    num_engines: PositiveInt = 1
+    """Engine processes. Each takes a share of the prompts."""
+    max_batch_tokens: PositiveInt = 65536
+    """Upper limit of (prompt + response) x sequences decoded together; requests are sorted by length into batches."""
+    num_threads: PositiveInt = 1
+    """CPU threads an engine."""
+
+
+class RolloutSection(Section):
+    engine: TransformersEngineSection = TransformersEngineSection()
+    prompts_per_step: PositiveInt
+    """Prompts (groups) a rollout."""
+    samples_per_prompt: PositiveInt
+    """G, completions of each prompt; group-relative advantages need at least 2."""
+    max_response_tokens: PositiveInt
+    """Longest response; longer ones end with finish_reason `length`."""
+    temperature: float = 1.0
+    """Sampling temperature; pi is taken at the same one. Must be > 0 to train."""
+    top_p: float = 1.0
+    """Must be 1 to train: otherwise the reported mu is not the distribution sampled from."""
+    top_k: int = -1
+    """Must be -1 (off) to train, for the same reason."""
+    resample_equal_groups: NonNegativeInt = 0
+    """Draw up to this many further rounds of prompts to replace groups whose rewards are all equal (no gradient)."""
+
+
+class DataSection(Section):
+    train: str
+    """JSONL of training prompts."""
+    heldout: str | None = None
+    """JSONL of held-out prompts; evaluated before and after."""
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    system_prompt: str | None = None
+    max_prompt_tokens: PositiveInt | None = None
+    """Longer prompts are refused by name. None: the model's context minus max_response_tokens."""
+    shuffle: bool = True
+
+
+class ArithmeticReward(Section):
+    name: Literal["arithmetic"] = "arithmetic"
+
+
+class MathReward(Section):
+    name: Literal["math"] = "math"
+    timeout_s: PositiveFloat = 5.0
+    """Time limit a problem; beyond it the reward is 0 and the time-out is counted."""
+
+
+class ImportedReward(Section):
+    name: Literal["import"] = "import"
+    path: str
+    """`package.module:function`, called as function(response: str, answer: str, prompt: Prompt) -> float."""
+    timeout_s: PositiveFloat = 10.0
+
+
+RewardConfig = Annotated[ArithmeticReward | MathReward | ImportedReward, Field(discriminator="name")]
+
+
+class AdvantageSection(Section):
+    name: Literal["group_mean", "group_mean_std", "rloo"] = "group_mean"
+    """group_mean: reward - group mean (the paper's); group_mean_std: divided by the group's std; rloo: leave-one-out."""
+
+
+class EvalSection(Section):
+    every: NonNegativeInt = 0
+    """Evaluate on the held-out file every so many steps. 0: only before and after."""
+    samples_per_prompt: PositiveInt = 1
+    temperature: PositiveFloat = 1.0
+    max_prompts: PositiveInt | None = None
+    """Use the first so many held-out prompts. None: all."""
+
+
+class CheckpointSection(Section):
+    every: NonNegativeInt = 0
+    """Save every so many steps (and always at the end). 0: only at the end."""
+    keep: PositiveInt = 2
+    """How many of the newest checkpoints stay on disk."""
+    save_hf: bool = True
+    """Write the trained model as a Hugging Face checkpoint at the end."""
+
+
+class WandbSection(Section):
+    enabled: bool = False
+    mode: Literal["offline", "online"] = "offline"
+    """offline needs no account and no network; `wandb sync` uploads later."""
+    project: str = "drpo_megatron"
+    entity: str | None = None
+
+
+class MetricsSection(Section):
+    console: Literal["auto", "progress", "plain", "off"] = "auto"
+    """`progress`: a live table; `plain`: one line a step (logs, CI); auto: by whether stdout is a terminal."""
+    tensorboard: bool = False
+    wandb: WandbSection = WandbSection()
+    plot: bool = True
+    """Draw `training.png` in the run directory at the end."""
+
+
+class ClusterSection(Section):
+    ray_address: str | None = None
+    """None: a Ray of our own on this machine. `auto` or HOST:PORT joins a running one."""
+    startup_timeout_s: PositiveFloat = 300.0
+    """How long actors may take to start before the run ends with an error that names the one that did not."""
+    step_timeout_s: PositiveFloat = 3600.0
+    """A collective that waits longer than this ends the run."""
+    rank_threads: PositiveInt = 1
+    """OMP_NUM_THREADS of a trainer rank on CPU. More than cores / ranks makes everything crawl."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunSection
+    model: ModelSection
+    parallel: ParallelSection = ParallelSection()
+    objective: ObjectiveConfig
+    advantages: AdvantageSection = AdvantageSection()
+    trainer: TrainerSection
+    warmup: WarmupSection | None = None
+    rollout: RolloutSection
+    data: DataSection
+    reward: RewardConfig
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    metrics: MetricsSection = MetricsSection()
+    cluster: ClusterSection = ClusterSection()
