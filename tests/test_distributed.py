@@ -1,0 +1,44 @@
+"""The helper that starts gloo ranks: results come back in order, and nothing outlives a failure."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed import run_ranks
+
+
+def _all_reduced(rank: int, world_size: int, scale: float) -> tuple[int, torch.Tensor, int]:
+    total = torch.tensor(scale * (rank + 1))
+    dist.all_reduce(total)
+    return rank, total, torch.get_num_threads()
+
+
+def _rank_one_raises(rank: int, world_size: int) -> None:
+    if rank == 1:
+        raise ValueError("rank one has a bad day")
+    dist.barrier()
+
+
+def _never_returns(rank: int, world_size: int) -> None:
+    time.sleep(600)
+
+
+def test_ranks_share_one_process_group_and_their_values_come_back_in_order() -> None:
+    values = run_ranks(2, _all_reduced, 10.0)
+    assert [(rank, total.item(), threads) for rank, total, threads in values] == [(0, 30.0, 1), (1, 30.0, 1)]
+
+
+def test_failure_names_the_rank_that_failed_first() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1 of 2 failed.*ValueError: rank one has a bad day"):
+        run_ranks(2, _rank_one_raises)
+
+
+def test_ranks_that_hang_are_killed_at_the_time_limit() -> None:
+    with pytest.raises(TimeoutError, match="rank0 of 1 ranks still ran after timeout_s=5"):
+        run_ranks(1, _never_returns, timeout_s=5)
+    assert multiprocessing.active_children() == []
