@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from drpo_megatron.config.base import Section
 from drpo_megatron.config.objective import ObjectiveConfig
@@ -90,7 +90,7 @@ class TrainerSection(Section):
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Compute dtype of the trainer. bf16 keeps FP32 masters in the optimizer."""
     optimizer_steps_per_rollout: PositiveInt = 4
-    """Optimiser steps on one rollout, each on its own share of the sequences with mu frozen: the later are off-policy."""
+    """Optimiser steps on one rollout, each on its own share of the sequences mu frozen: later ones are off-policy."""
     max_tokens_per_micro_batch: PositiveInt = 8192
     """Padded tokens of one packed micro-batch of one rank. Bounds activation memory. At least the longest sequence."""
     aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = "seq-mean-token-sum-norm"
@@ -181,7 +181,7 @@ RewardConfig = Annotated[ArithmeticReward | MathReward | ImportedReward, Field(d
 
 class AdvantageSection(Section):
     name: Literal["group_mean", "group_mean_std", "rloo"] = "group_mean"
-    """group_mean: reward - group mean (the paper's); group_mean_std: divided by the group's std; rloo: leave-one-out."""
+    """group_mean: reward - group mean (the paper's); group_mean_std: over the group's std; rloo: leave-one-out."""
 
 
 class EvalSection(Section):
