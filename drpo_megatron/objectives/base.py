@@ -54,7 +54,7 @@ class ObjectiveOutputs:
     objective d loss_t / d logprobs_t."""
     weight: torch.Tensor
     """w of coef = -A r w: the multiplier of the unregularised policy gradient (1 for pg, 0 where clipped or masked,
-    negative where DRPO corrects). 1 where A r is 0."""
+    negative where DRPO corrects). 1 where the advantage is 0; truncated where r underflows."""
 
 
 class Objective(Protocol):
