@@ -6,6 +6,7 @@ Nothing downstream has to guess whether a number is a mean, a sum or a maximum, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +14,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-Kind = Literal["mean", "sum", "min", "max", "quantile"]
+Kind = Literal["mean", "sum", "min", "max", "quantile", "effective_share"]
 
 NUM_BINS = 4096
 """Bins of a quantile sketch: 512 an octave-of-ten from 1e-8 to 1, so a quantile is within 0.5 % of the exact one."""
@@ -24,8 +25,8 @@ _LOWEST, _HIGHEST = 1e-8, 1.0
 class Statistic:
     """One reducible number.
 
-    `data` is FP64: [sum, count] for mean, [value] for sum, min and max, [NUM_BINS] counts for quantile.
-    An empty mean, min, max or quantile has the value NaN.
+    `data` is FP64: [sum, count] for mean, [value] for sum, min and max, [NUM_BINS] counts for quantile,
+    [sum, sum of squares, count] for effective_share. An empty one, other than a sum, has the value NaN.
     """
 
     kind: Kind
@@ -61,9 +62,16 @@ class Statistic:
     @staticmethod
     def of_quantile(values: torch.Tensor, quantile: float) -> Statistic:
         """Quantile of values in [0, 1] from a log-spaced histogram (mergeable over ranks, unlike a sorted list)."""
-        scaled = (values.detach().double().clamp(_LOWEST, _HIGHEST) / _LOWEST).log() / torch.tensor(_HIGHEST / _LOWEST).double().log()
+        scaled = (values.detach().double().clamp(_LOWEST, _HIGHEST) / _LOWEST).log() / math.log(_HIGHEST / _LOWEST)
         bins = (scaled * (NUM_BINS - 1)).round().long()
         return Statistic("quantile", torch.bincount(bins, minlength=NUM_BINS).double(), quantile)
+
+    @staticmethod
+    def effective_share(values: torch.Tensor) -> Statistic:
+        """Effective sample size of importance ratios over their number, (sum r)^2 / (N sum r^2): 1 if all are equal."""
+        values = values.detach().double()
+        count = torch.tensor(float(values.numel()), dtype=torch.float64, device=values.device)
+        return Statistic("effective_share", torch.stack([values.sum(), values.square().sum(), count]))
 
     def merge(self, other: Statistic) -> Statistic:
         if self.kind != other.kind:
@@ -86,6 +94,9 @@ class Statistic:
                 return float("nan")
             index = int(torch.searchsorted(self.data.cumsum(0), self.quantile * count).clamp(max=NUM_BINS - 1))
             return 0.0 if index == 0 else _LOWEST * (_HIGHEST / _LOWEST) ** (index / (NUM_BINS - 1))
+        if self.kind == "effective_share":
+            total, squares, count = self.data.tolist()
+            return total * total / (squares * count) if squares else float("nan")
         number = self.data.item()
         return float("nan") if self.kind in ("min", "max") and number in (float("inf"), -float("inf")) else number
 
@@ -108,11 +119,11 @@ def merge_all(parts: Iterable[Mapping[str, Statistic]]) -> dict[str, Statistic]:
 
 
 def reduce_over(statistics: Mapping[str, Statistic], group: dist.ProcessGroup | None) -> dict[str, Statistic]:
-    """The same statistics over every rank of `group`, by one sum and one max all-reduce. All ranks give the same names."""
+    """The same statistics over every rank of `group`, by one sum and one max all-reduce. All ranks give equal names."""
     if group is None or dist.get_world_size(group) == 1 or not statistics:
         return dict(statistics)
     names = sorted(statistics)
-    summed = [n for n in names if statistics[n].kind in ("mean", "sum", "quantile")]
+    summed = [n for n in names if statistics[n].kind not in ("min", "max")]
     extremes = [n for n in names if statistics[n].kind in ("min", "max")]
     reduced: dict[str, Statistic] = {}
     for chosen, op in ((summed, dist.ReduceOp.SUM), (extremes, dist.ReduceOp.MAX)):
