@@ -1,0 +1,29 @@
+"""Hugging Face model families that train here. A new one is one file beside `qwen3.py` and one line below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from drpo_megatron.models import qwen3, qwen3_moe
+from drpo_megatron.models.family import Family, HFConfig, typed_config
+
+FAMILIES: dict[str, Family] = {family.FAMILY.model_type: family.FAMILY for family in (qwen3, qwen3_moe)}
+
+
+def get_family(hf_config: HFConfig) -> Family:
+    """The family of a transformers config, or of the dict in config.json.
+
+    Raises: ValueError for a `model_type` that is not known (with those that are), and for settings of a known one that
+        the family can't do (all of them).
+    """
+    is_dict = isinstance(hf_config, Mapping)
+    model_type = hf_config.get("model_type") if is_dict else getattr(hf_config, "model_type", None)
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type={model_type!r} is not known; the known ones are {', '.join(sorted(FAMILIES))}")
+    family = FAMILIES[model_type]
+    if problems := family.unsupported(typed_config(hf_config)):
+        raise ValueError(f"{model_type} with settings that are not supported: {'; '.join(problems)}")
+    return family
+
+
+__all__ = ["FAMILIES", "Family", "HFConfig", "get_family"]

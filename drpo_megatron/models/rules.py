@@ -1,0 +1,155 @@
+"""One rule a parameter, from which both directions, the sharding and the weight-sync stream are derived.
+
+A `Rule` says which Hugging Face tensors make up one Megatron parameter, and its `Layout` says how:
+
+    HF tensors  -- layout.shard(tensors, rank, size, shape) -->  this tensor-parallel rank's shard
+    HF tensors  <-- layout.merge(shards of all ranks)       --  Megatron shards
+
+Pure tensor code: which rank holds what, and how shards travel, is `trainer/weights.py`'s affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+class Key(NamedTuple):
+    """A Megatron parameter's name with global layer and expert numbers, whatever rank and layer spec it comes from.
+
+    Example:
+        Key("decoder.layers.3.mlp.experts.linear_fc1.weight", expert=5)
+    """
+
+    name: str
+    expert: int | None = None
+
+
+class HFTensor(NamedTuple):
+    """A tensor of the Hugging Face checkpoint."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class Layout(Protocol):
+    """How one Megatron parameter is made of HF tensors and split over tensor-parallel ranks."""
+
+    @property
+    def axis(self) -> int | None:
+        """The split axis; None where every tensor-parallel rank holds the whole parameter."""
+        ...
+
+    def shard(self, tensors: Sequence[torch.Tensor], rank: int, size: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """The shard of `rank` out of `size`. `shape`, the shard's, tells how far the vocabulary is padded."""
+        ...
+
+    def merge(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The HF tensors, given the shards in rank order (one, if `axis` is None). Shares no memory with them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One Megatron parameter and the HF tensors it is made of."""
+
+    key: Key
+    hf: tuple[HFTensor, ...]
+    """In the order that the layout takes and gives them."""
+    layout: Layout
+    copies: tuple[Key, ...] = ()
+    """Parameters that must hold the same values: the tied head that the last pipeline stage keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated:
+    """Every rank holds the tensor as it is: norms, the router."""
+
+    axis = None
+
+    def shard(self, tensors: Sequence[torch.Tensor], rank: int, size: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return tensors[0]
+
+    def merge(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return (shards[0].clone(),)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Even slices along `axis`: 0 is column parallel, 1 is row parallel."""
+
+    axis: int
+
+    def shard(self, tensors: Sequence[torch.Tensor], rank: int, size: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return _slice(tensors[0], self.axis, rank, size)
+
+    def merge(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return (torch.cat(list(shards), dim=self.axis),)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedQKV:
+    """q, k, v interleaved by query group, `[q ... q k v] [q ... q k v] ...`, then split by rows.
+
+    TP may exceed the number of groups: Megatron then splits inside a group and gathers before the attention.
+    """
+
+    num_groups: int
+    head_dim: int
+    axis = 0
+
+    def shard(self, tensors: Sequence[torch.Tensor], rank: int, size: int, shape: tuple[int, ...]) -> torch.Tensor:
+        grouped = [tensor.reshape(self.num_groups, -1, *tensor.shape[1:]) for tensor in tensors]
+        return _slice(torch.cat(grouped, dim=1).flatten(0, 1), 0, rank, size)
+
+    def merge(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        whole = torch.cat(list(shards))
+        grouped = whole.reshape(self.num_groups, -1, *whole.shape[1:])
+        q_rows = grouped.shape[1] - 2 * self.head_dim
+        parts = grouped.split([q_rows, self.head_dim, self.head_dim], dim=1)
+        return tuple(part.clone(memory_format=torch.contiguous_format).flatten(0, 1) for part in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class GateUp:
+    """gate and up, each split by rows, stacked on every rank: rank r holds [gate_r; up_r]."""
+
+    axis = 0
+
+    def shard(self, tensors: Sequence[torch.Tensor], rank: int, size: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.cat([_slice(tensor, 0, rank, size) for tensor in tensors])
+
+    def merge(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        halves = [shard.chunk(2) for shard in shards]
+        return tuple(torch.cat(parts) for parts in zip(*halves, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Rows of the vocabulary, padded with zeros at the end to what tensor parallelism needs."""
+
+    vocab_size: int
+    axis = 0
+
+    def shard(self, tensors: Sequence[torch.Tensor], rank: int, size: int, shape: tuple[int, ...]) -> torch.Tensor:
+        rows = tensors[0][rank * shape[0] : (rank + 1) * shape[0]]
+        padding = rows.new_zeros(shape[0] - rows.shape[0], *rows.shape[1:])
+        return torch.cat([rows, padding])
+
+    def merge(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        rows = shards[0].shape[0]
+        live = [shard[: max(0, self.vocab_size - rank * rows)] for rank, shard in enumerate(shards)]
+        return (torch.cat(live),)
+
+
+def _slice(tensor: torch.Tensor, axis: int, rank: int, size: int) -> torch.Tensor:
+    if tensor.shape[axis] % size:
+        raise ValueError(
+            f"axis {axis} of a tensor of shape {tuple(tensor.shape)} can't be split over {size} ranks; "
+            f"use a tensor parallel size that divides {tensor.shape[axis]}"
+        )
+    length = tensor.shape[axis] // size
+    return tensor.narrow(axis, rank * length, length)
