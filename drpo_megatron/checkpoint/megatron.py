@@ -1,0 +1,108 @@
+"""Megatron distributed checkpoints: model, optimizer and schedule, loadable in another layout.
+
+A checkpoint directory holds Megatron's `torch_dist` files and `trainer.json` (counters, layout, versions). Every rank
+writes its own shards; `trainer.json` is written last, by rank 0, after all ranks finished: a directory without it is
+not a checkpoint. Import only after `platform.activate`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+
+COUNTERS_FILE = "trainer.json"
+
+
+def save_checkpoint(directory: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any, counters: dict[str, Any]) -> None:
+    """Collective. `directory` is new or empty, on a file system that all ranks share.
+
+    Args:
+        counters: small JSON-able numbers of the trainer, given back by `read_counters`.
+    """
+    directory = Path(directory)
+    if dist.get_rank() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    state = _sharded_state(chunks, optimizer, is_loading=False)
+    state["schedule"] = schedule.state_dict()
+    dist_checkpointing.save(state, str(directory))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        record = {"counters": counters, "layout": _layout(chunks), "versions": _versions()}
+        (directory / COUNTERS_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    dist.barrier()
+
+
+def read_counters(directory: Path) -> dict[str, Any]:
+    """What `save_checkpoint` was given as counters. ValueError when the directory holds no finished checkpoint."""
+    return _record(directory)["counters"]
+
+
+def load_checkpoint(directory: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any) -> None:
+    """Collective. Fills model, optimizer and schedule in place; the layout may differ from the one that saved.
+
+    Raises ValueError when the optimizer state can't be brought into this layout (EP > 1 to EP = 1).
+    """
+    saved, now = _record(directory)["layout"], _layout(chunks)
+    if saved["expert"] > 1 and now["expert"] == 1:
+        raise ValueError(
+            f"{directory} was saved with parallel.expert={saved['expert']}; Megatron can't bring its optimizer state to "
+            f"parallel.expert=1. Resume with parallel.expert >= 2, or start a new run from the exported HF checkpoint"
+        )
+    state = _sharded_state(chunks, optimizer, is_loading=True)
+    loaded = dist_checkpointing.load(state, str(directory))
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[_model_key(chunks, index)], strict=True)
+    optimizer.load_state_dict(loaded["optimizer"])
+    schedule.load_state_dict(loaded["schedule"])
+
+
+def _model_key(chunks: Sequence[Any], index: int) -> str:
+    return "model" if len(chunks) == 1 else f"model{index}"
+
+
+def _sharded_state(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    state: dict[str, Any] = {
+        _model_key(chunks, i): chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)
+    }
+    models = {key: value for part in list(state.values()) for key, value in part.items()} if len(chunks) == 1 else dict(state)
+    state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def _record(directory: Path) -> dict[str, Any]:
+    path = Path(directory) / COUNTERS_FILE
+    if not path.is_file():
+        raise ValueError(f"{directory} holds no finished checkpoint: {COUNTERS_FILE} is missing")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); use an older checkpoint") from error
+
+
+def _layout(chunks: Sequence[Any]) -> dict[str, int]:
+    config = chunks[0].config
+    return {
+        "world_size": dist.get_world_size(),
+        "tensor": config.tensor_model_parallel_size,
+        "pipeline": config.pipeline_model_parallel_size,
+        "context": config.context_parallel_size,
+        "expert": config.expert_model_parallel_size,
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}

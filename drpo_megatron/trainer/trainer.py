@@ -1,0 +1,326 @@
+"""One trainer rank: it turns samples into optimiser steps, log-probs, exported weights and checkpoints.
+
+SPMD: every method is called on all ranks at once with the same arguments.
+
+    samples -> shares (one an optimiser step) -> micro-batches of this data-parallel rank -> forward, loss kernel,
+    backward by Megatron's schedule -> gradient reduction -> clipped AdamW step -> StepReport, equal on all ranks
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoTokenizer
+
+from drpo_megatron.checkpoint.hf import HFCheckpoint
+from drpo_megatron.config.sections import Config, OptimizerSection
+from drpo_megatron.data.packing import (
+    assign_micro_batches,
+    context_parallel_slice,
+    pack,
+    split_optimizer_steps,
+    unpack_token_values,
+)
+from drpo_megatron.metrics import Statistic, merge_all, reduce_over
+from drpo_megatron.models import get_family
+from drpo_megatron.objectives import build as build_objective
+from drpo_megatron.objectives.aggregation import token_weights
+from drpo_megatron.trainer import setup
+from drpo_megatron.trainer.platform import activate, optimizer_scope
+from drpo_megatron.trainer.vocab_parallel import vocab_parallel_logprobs, vocab_parallel_policy_loss
+from drpo_megatron.types import PackedBatch, Sample, StepReport
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What one rank does in one forward-backward: its micro-batches, all of the length its pipeline agreed on."""
+
+    batches: list[PackedBatch]
+    whole_batches: list[PackedBatch]
+    """The same before context parallel slicing."""
+    length: int
+    num_padded_tokens: int
+    """Over all data-parallel ranks, padding included."""
+
+
+class Trainer:
+    """A Megatron policy on this rank. The default process group must be up (`setup.initialize_distributed`)."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.platform = activate(config.trainer.backend)
+        self.layout = setup.build_layout(config.parallel, config.run.seed)
+        self.hf_config = AutoConfig.from_pretrained(config.model.hf_path, local_files_only=True, trust_remote_code=False)
+        self.family = get_family(self.hf_config)
+        tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path, local_files_only=True, trust_remote_code=False)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.chunks = setup.build_model(config, self.family, self.hf_config, self.layout, self.platform)
+        self._load_initial_weights()
+        self.objective = build_objective(config.objective)
+        self.supervised_objective = build_objective({"name": "sft"})
+        self.policy_version = 0
+        self.num_rollouts = 0
+        self.is_warming_up = config.warmup is not None
+        self._build_optimizer()
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def supervised_step(self, samples: Sequence[Sample]) -> StepReport:
+        """One optimiser step of maximum likelihood on the response tokens (warm-up). Does not bump policy_version."""
+        return self._report([self._optimizer_step(samples, self.supervised_objective, "token-mean")])
+
+    def start_rl(self) -> None:
+        """After the warm-up: a fresh optimizer state and the RL schedule."""
+        self.is_warming_up = False
+        self._build_optimizer()
+
+    def train_step(self, samples: Sequence[Sample]) -> StepReport:
+        """All optimiser steps of one rollout, each on its share of the sequences. mu stays what the engine reported.
+
+        `mismatch/...` is measured in the first optimiser step, before any update: what lies between engine and trainer.
+        `shift/...` is the same over all steps, the policy's own movement included.
+        """
+        shares = split_optimizer_steps(
+            samples, self.config.trainer.optimizer_steps_per_rollout, seed=self.config.run.seed + self.num_rollouts
+        )
+        steps = [self._optimizer_step(share, self.objective, self.config.trainer.aggregation) for share in shares]
+        self.num_rollouts += 1
+        self.policy_version += 1
+        return self._report(steps)
+
+    def compute_logprobs(self, samples: Sequence[Sample]) -> dict[str, tuple[float, ...]]:
+        """log pi of every response token under the present weights, by sample id, complete on every rank."""
+        work = self._work(samples, [1.0] * len(samples))
+
+        def collect(batch: PackedBatch, hidden: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            out = vocab_parallel_logprobs(
+                hidden, head, batch.targets.to(hidden.device), live=batch.weights.to(hidden.device) != 0, **self._kernel_options()
+            )
+            return hidden.new_zeros(()), out.logprobs.cpu()
+
+        with torch.no_grad():
+            collected = self._run(work, collect, forward_only=True)
+        mine: dict[str, list[float]] = {}
+        for batch, whole, local in zip(work.batches, work.whole_batches, collected, strict=bool(collected)):
+            values = self._gather_context_parallel(whole, local)
+            mine |= unpack_token_values(whole, values)
+        everyone: list[dict[str, list[float]]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, mine)
+        merged = {name: tuple(values) for part in everyone for name, values in part.items()}
+        return {sample.sample_id: merged[sample.sample_id] for sample in samples}
+
+    def _optimizer_step(self, samples: Sequence[Sample], objective: Any, aggregation: str) -> dict[str, Statistic]:
+        trainer = self.config.trainer
+        horizon = trainer.horizon or self.config.rollout.max_response_tokens
+        weights = token_weights([len(s.response_ids) for s in samples], aggregation, horizon)
+        work = self._work(samples, weights)
+        self._scale_aux_loss(work.num_padded_tokens)
+
+        def policy_loss(batch: PackedBatch, hidden: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            def there(values: torch.Tensor | None) -> torch.Tensor | None:
+                return None if values is None else values.to(hidden.device)
+
+            out = vocab_parallel_policy_loss(
+                hidden,
+                head,
+                there(batch.targets),
+                there(batch.behavior_logprobs),
+                there(batch.advantages),
+                there(batch.weights),
+                objective=objective,
+                old_logprobs=there(batch.old_logprobs),
+                sequence_ids=there(batch.sequence_ids),
+                entropy_coef=0.0 if objective is self.supervised_objective else trainer.entropy_coef,
+                bad_behavior=trainer.bad_behavior,
+                log_ratio_max=trainer.log_ratio_max,
+                main_grad_fusion=hasattr(head, "main_grad"),
+                **self._kernel_options(),
+            )
+            statistics = dict(out.metrics)
+            statistics["objective/loss"] = Statistic.sum(out.loss)
+            statistics["objective/num_bad_behavior"] = Statistic.sum(out.num_bad_behavior)
+            return out.loss, {name: _on_cpu(statistic) for name, statistic in statistics.items()}
+
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        collected = self._run(work, policy_loss, forward_only=False)
+        with optimizer_scope():
+            updated, grad_norm, _ = self.optimizer.step()
+        if not updated:
+            raise ValueError(f"the optimizer skipped a step: gradient norm {grad_norm} is not finite")
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.schedule.step(increment=1)
+        statistics = self._reduce(collected)
+        statistics["objective/loss"] = Statistic.ratio(statistics["objective/loss"].value(), 1.0)
+        statistics["optim/grad_norm"] = Statistic.ratio(float(grad_norm), 1.0)
+        statistics["optim/lr"] = Statistic.ratio(float(lr), 1.0)
+        statistics["train/num_tokens"] = Statistic.sum(float(sum(s.num_tokens for s in samples)))
+        statistics["train/padding_share"] = Statistic.ratio(
+            float(work.num_padded_tokens - sum(s.num_tokens for s in samples)), float(work.num_padded_tokens)
+        )
+        return statistics
+
+    # --- weights and checkpoints --------------------------------------------------------------------------------------
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Every parameter under its HF name, whole, gathered one at a time. Tensors on rank 0, None elsewhere."""
+        from drpo_megatron.trainer.weights import export_hf_weights
+
+        yield from export_hf_weights(self.chunks, self.hf_config, self.layout.groups)
+
+    def save_checkpoint(self, directory: Path) -> None:
+        """Model, optimizer, schedule and counters, distributed over all ranks. The caller renames when all returned."""
+        from drpo_megatron.checkpoint.megatron import save_checkpoint
+
+        counters = {
+            "policy_version": self.policy_version,
+            "num_rollouts": self.num_rollouts,
+            "is_warming_up": self.is_warming_up,
+        }
+        with optimizer_scope():
+            save_checkpoint(directory, self.chunks, self.optimizer, self.schedule, counters)
+
+    def load_checkpoint(self, directory: Path) -> None:
+        """Continue exactly where `save_checkpoint` was called. Raises ValueError naming what is missing."""
+        from drpo_megatron.checkpoint.megatron import load_checkpoint, read_counters
+
+        counters = read_counters(directory)
+        if counters["is_warming_up"] != self.is_warming_up:
+            self.is_warming_up = counters["is_warming_up"]
+            self._build_optimizer()
+        with optimizer_scope():
+            load_checkpoint(directory, self.chunks, self.optimizer, self.schedule)
+        self.policy_version = counters["policy_version"]
+        self.num_rollouts = counters["num_rollouts"]
+
+    def peak_rss_mb(self) -> float:
+        """This process's peak resident memory in MiB."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    # --- inside ---------------------------------------------------------------------------------------------------------
+
+    def _load_initial_weights(self) -> None:
+        from drpo_megatron.trainer.weights import load_hf_weights
+
+        checkpoint = HFCheckpoint(self.config.model.hf_path)
+        load_hf_weights(self.chunks, self.hf_config, checkpoint.get, self.layout.groups)
+
+    def _build_optimizer(self) -> None:
+        config = self.config
+        section: OptimizerSection
+        if self.is_warming_up and config.warmup is not None:
+            section, total_steps = config.warmup.optimizer, config.warmup.num_steps
+        else:
+            section = config.trainer.optimizer
+            total_steps = config.run.num_steps * config.trainer.optimizer_steps_per_rollout
+        self.optimizer = setup.build_optimizer(section, self.chunks, self.layout, config.trainer.dtype == "bf16")
+        self.schedule = setup.build_schedule(section, self.optimizer, total_steps)
+
+    def _kernel_options(self) -> dict[str, Any]:
+        megabytes = self.config.trainer.loss_chunk_mb or (1024 if self.platform.name == "gpu" else 64)
+        return {
+            "temperature": self.config.rollout.temperature,
+            "vocab_size": self.hf_config.vocab_size,
+            "tp_group": self.layout.tp,
+            "sequence_parallel": self.config.parallel.sequence,
+            "chunk_bytes": megabytes * 2**20,
+        }
+
+    def _work(self, samples: Sequence[Sample], weights: Sequence[float]) -> _Work:
+        layout, parallel = self.layout, self.config.parallel
+        unit = layout.sequence_multiple
+        lengths = [math.ceil(sample.num_tokens / unit) * unit for sample in samples]
+        plan = assign_micro_batches(
+            lengths,
+            dp_size=layout.dp_size,
+            max_tokens=self.config.trainer.max_tokens_per_micro_batch,
+            multiple_of=parallel.pipeline if parallel.virtual_pipeline else 1,
+        )
+
+        def padded(micro_batch: Sequence[int]) -> int:
+            tokens = max(sum(lengths[i] for i in micro_batch), 1)
+            return math.ceil(tokens / layout.length_multiple) * layout.length_multiple
+
+        # Stages of a pipeline receive activations into buffers of one shape, so there all micro-batches are as long.
+        common = max(padded(m) for rank in plan for m in rank) if parallel.pipeline > 1 else None
+        whole = [
+            pack(
+                [samples[i] for i in micro_batch],
+                [weights[i] for i in micro_batch],
+                pad_id=self.pad_id,
+                length_multiple=layout.length_multiple,
+                sequence_multiple=unit,
+                total_length=common,
+            )
+            for micro_batch in plan[layout.dp_rank]
+        ]
+        return _Work(
+            batches=[context_parallel_slice(batch, layout.cp_rank, parallel.context) for batch in whole],
+            whole_batches=whole,
+            length=common or 0,
+            num_padded_tokens=sum(common or padded(m) for rank in plan for m in rank),
+        )
+
+    def _run(self, work: _Work, loss_function: Any, *, forward_only: bool) -> list[Any]:
+        from drpo_megatron.trainer.forward import run_micro_batches
+
+        return run_micro_batches(
+            self.chunks,
+            work.batches,
+            loss_function,
+            length=work.length,
+            forward_only=forward_only,
+            device=self.platform.device,
+        )
+
+    def _scale_aux_loss(self, num_tokens: int) -> None:
+        """Megatron multiplies the load-balancing loss by a micro-batch's tokens and divides by all of them at the end;
+        our finalize doesn't divide, so the coefficient carries the division."""
+        if self.config.model.moe_aux_loss_coeff:
+            self.chunks[0].config.moe_aux_loss_coeff = self.config.model.moe_aux_loss_coeff / num_tokens
+
+    def _gather_context_parallel(self, whole: PackedBatch, local: torch.Tensor) -> torch.Tensor:
+        """Per-token values of this context-parallel rank's rows -> those of the whole micro-batch, [T]."""
+        cp = self.layout.groups.cp
+        if cp.size() == 1:
+            return local
+        parts = [torch.empty_like(local) for _ in range(cp.size())]
+        dist.all_gather(parts, local, group=cp)
+        values = local.new_zeros(whole.input_ids.shape[0])
+        places = replace(whole, input_ids=torch.arange(len(values)))
+        for rank, part in enumerate(parts):
+            values[context_parallel_slice(places, rank, cp.size()).input_ids] = part
+        return values
+
+    def _reduce(self, collected: Sequence[dict[str, Statistic]]) -> dict[str, Statistic]:
+        """Statistics of the last stage's micro-batches, over data and context parallel ranks, known to every stage."""
+        merged = merge_all(collected)
+        if self.layout.is_last_stage:
+            merged = reduce_over(merged, self.layout.groups.dp_cp)
+        pp = self.layout.groups.pp
+        if pp.size() > 1:
+            box = [merged]
+            dist.broadcast_object_list(box, group=pp, group_src=pp.size() - 1)
+            merged = box[0]
+        return dict(merged)
+
+    def _report(self, steps: list[dict[str, Statistic]]) -> StepReport:
+        merged = merge_all(steps)
+        for name in [n for n in merged if n.startswith("mismatch/")]:
+            merged[name.replace("mismatch/", "shift/", 1)] = merged[name]
+            merged[name] = steps[0][name]
+        metrics = {name: statistic.value() for name, statistic in sorted(merged.items())}
+        return StepReport(self.policy_version, metrics, int(metrics.pop("train/num_tokens")))
+
+
+def _on_cpu(statistic: Statistic) -> Statistic:
+    return Statistic(statistic.kind, statistic.data.cpu(), statistic.quantile)

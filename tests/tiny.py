@@ -1,0 +1,109 @@
+"""Tiny real checkpoints, built from configs by transformers, and configs that train them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3MoeConfig
+
+from drpo_megatron.types import Sample
+
+VOCAB = 51
+"""Odd, so that tensor parallelism has to pad it."""
+
+_SHAPE: dict[str, Any] = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=48,
+    max_position_embeddings=256,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-6,
+    initializer_range=0.2,
+    tie_word_embeddings=False,
+)
+
+
+def tiny_moe_config(**changes: Any) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(
+        **(_SHAPE | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True) | changes)
+    )
+
+
+def tiny_dense_config(**changes: Any) -> Qwen3Config:
+    return Qwen3Config(**(_SHAPE | changes))
+
+
+def save_checkpoint(directory: Path, hf_config: Any, seed: int = 0) -> Path:
+    """A random model of `hf_config`, FP32, with a word-level tokenizer; norm weights are random, too."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(hf_config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(directory)
+    words = {f"t{i}": i for i in range(hf_config.vocab_size - 3)}
+    words |= {"<pad>": hf_config.vocab_size - 3, "<eos>": hf_config.vocab_size - 2, "<unk>": hf_config.vocab_size - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    fast.save_pretrained(directory)
+    return Path(directory)
+
+
+def tiny_config(hf_path: Path | str, parallel: dict[str, Any] | None = None, **sections: Any) -> Any:
+    """A Config over the tiny checkpoint; `sections` are merged into the YAML's top-level sections."""
+    from drpo_megatron.config.sections import Config
+
+    raw: dict[str, Any] = {
+        "run": {"name": "tiny", "num_steps": 8, "seed": 1},
+        "model": {"hf_path": str(hf_path)},
+        "parallel": parallel or {},
+        "objective": {"name": "drpo", "delta": 0.15},
+        "trainer": {
+            "backend": "cpu",
+            "optimizer_steps_per_rollout": 2,
+            "max_tokens_per_micro_batch": 128,
+            "optimizer": {"lr": 1e-3, "clip_grad": 1.0},
+        },
+        "rollout": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_response_tokens": 16},
+        "data": {"train": "unused.jsonl"},
+        "reward": {"name": "arithmetic"},
+    }
+    for name, changes in sections.items():
+        raw[name] = _merged(raw.get(name, {}), changes)
+    return Config.model_validate(raw)
+
+
+def _merged(base: Any, changes: Any) -> Any:
+    if not isinstance(base, dict) or not isinstance(changes, dict):
+        return changes
+    return base | {key: _merged(base.get(key, {}), value) for key, value in changes.items()}
+
+
+def random_samples(count: int, seed: int = 0, max_prompt: int = 12, max_response: int = 16) -> list[Sample]:
+    """Sequences of mixed lengths with random mu and advantages; every fourth has advantage 0."""
+    rng = random.Random(seed)
+    samples = []
+    for index in range(count):
+        prompt = tuple(rng.randrange(VOCAB - 3) for _ in range(rng.randint(2, max_prompt)))
+        response = tuple(rng.randrange(VOCAB - 3) for _ in range(rng.randint(1, max_response)))
+        samples.append(
+            Sample(
+                sample_id=f"p{index // 4}/{index % 4}",
+                prompt_ids=prompt,
+                response_ids=response,
+                behavior_logprobs=tuple(-rng.uniform(0.05, 6.0) for _ in response),
+                advantage=0.0 if index % 4 == 3 else rng.uniform(-1.0, 1.0),
+            )
+        )
+    return samples
