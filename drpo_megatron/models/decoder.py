@@ -47,9 +47,11 @@ def unsupported(config: HFConfig) -> list[str]:
 
 
 def embedding(config: HFConfig) -> Rule:
-    tied_head = (Key("output_layer.weight"),) if config.tie_word_embeddings else ()
-    hf = HFTensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-    return Rule(Key("embedding.word_embeddings.weight"), (hf,), Vocabulary(config.vocab_size), copies=tied_head)
+    key, layout = Key("embedding.word_embeddings.weight"), Vocabulary(config.vocab_size)
+    hf = (HFTensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)),)
+    if config.tie_word_embeddings:
+        return Rule(key, hf, layout, copies=(Key("output_layer.weight"),), hf_copies=("lm_head.weight",))
+    return Rule(key, hf, layout)
 
 
 def final_norm_and_head(config: HFConfig) -> list[Rule]:

@@ -61,7 +61,9 @@ class Rule:
     """In the order that the layout takes and gives them."""
     layout: Layout
     copies: tuple[Key, ...] = ()
-    """Parameters that must hold the same values: the tied head that the last pipeline stage keeps."""
+    """Parameters that hold the same values: the tied head that the last pipeline stage keeps. Filled, not exported."""
+    hf_copies: tuple[str, ...] = ()
+    """Tensors that a checkpoint may hold beside `hf` if they are equal to it: a tied head that was written out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,11 @@ class Vocabulary:
     axis = 0
 
     def shard(self, tensors: Sequence[torch.Tensor], rank: int, size: int, shape: tuple[int, ...]) -> torch.Tensor:
+        if shape[0] * size < self.vocab_size:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} does not fit the model's {shape[0]} rows on each of {size} ranks; "
+                "pad the model's vocabulary up, not down"
+            )
         rows = tensors[0][rank * shape[0] : (rank + 1) * shape[0]]
         padding = rows.new_zeros(shape[0] - rows.shape[0], *rows.shape[1:])
         return torch.cat([rows, padding])

@@ -1,0 +1,137 @@
+"""Rules alone, without Megatron: every HF tensor goes into shards and comes back bit by bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from drpo_megatron.models import get_family
+from drpo_megatron.models.names import canonical_key
+from drpo_megatron.models.rules import GateUp, GroupedQKV, Key, Rule, Vocabulary
+from tests.tiny import VOCAB, tiny_dense_config, tiny_moe_config
+
+CONFIGS = {
+    "dense": tiny_dense_config(),
+    "dense_tied": tiny_dense_config(tie_word_embeddings=True),
+    "moe": tiny_moe_config(),
+    "moe_some_dense": tiny_moe_config(decoder_sparse_step=2, mlp_only_layers=[1]),
+}
+
+
+def _shards(rule: Rule, tensors: list[torch.Tensor], size: int) -> list[torch.Tensor]:
+    if rule.layout.axis is None:
+        return [rule.layout.shard(tensors, 0, 1, tuple(tensors[0].shape))]
+    rows = -(-tensors[0].shape[0] // size)  # Only the vocabulary looks at it.
+    return [rule.layout.shard(tensors, rank, size, (rows, *tensors[0].shape[1:])) for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_every_tensor_comes_back_bit_identical(config: Any, size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rule in get_family(config).rules(config):
+        tensors = [torch.randn(hf.shape, generator=generator) for hf in rule.hf]
+        shards = _shards(rule, tensors, size)
+        assert len({shard.shape for shard in shards}) == 1
+        merged = rule.layout.merge(shards)
+        assert all(torch.equal(a, b) for a, b in zip(merged, tensors, strict=True)), rule.key
+        pointers = {tensor.untyped_storage().data_ptr() for tensor in [*shards, *tensors]}
+        assert all(tensor.is_contiguous() for tensor in merged)
+        assert not any(tensor.untyped_storage().data_ptr() in pointers for tensor in merged), rule.key
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_rules_name_exactly_the_tensors_that_transformers_saves(config: Any, tmp_path: Any) -> None:
+    from safetensors import safe_open
+
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    declared = [hf for rule in get_family(config).rules(config) for hf in rule.hf]
+    assert dict(declared) == saved
+    assert len(declared) == len(saved)
+
+
+def test_qkv_is_interleaved_by_query_group() -> None:
+    # 2 groups, 2 query heads each, head_dim 1: rows are named by hand.
+    q, k, v = torch.tensor([[1.0], [2.0], [3.0], [4.0]]), torch.tensor([[10.0], [20.0]]), torch.tensor([[11.0], [21.0]])
+    layout = GroupedQKV(num_groups=2, head_dim=1)
+    assert layout.shard([q, k, v], 0, 1, (8, 1)).flatten().tolist() == [1, 2, 10, 11, 3, 4, 20, 21]
+    assert layout.shard([q, k, v], 1, 2, (4, 1)).flatten().tolist() == [3, 4, 20, 21]
+
+
+def test_gate_and_up_are_stacked_on_every_rank() -> None:
+    gate, up = torch.arange(4.0)[:, None], 10 + torch.arange(4.0)[:, None]
+    assert GateUp().shard([gate, up], 1, 2, (4, 1)).flatten().tolist() == [2, 3, 12, 13]
+
+
+def test_vocabulary_is_padded_with_zeros_and_trimmed() -> None:
+    rows = torch.arange(1.0, 6.0)[:, None]
+    layout = Vocabulary(vocab_size=5)
+    shards = [layout.shard([rows], rank, 4, (2, 1)) for rank in range(4)]
+    assert torch.cat(shards).flatten().tolist() == [1, 2, 3, 4, 5, 0, 0, 0]
+    assert layout.merge(shards)[0].flatten().tolist() == [1, 2, 3, 4, 5]
+
+
+def test_vocabulary_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="vocab_size=5 does not fit the model's 2 rows on each of 2 ranks"):
+        Vocabulary(5).shard([torch.zeros(5, 1)], 0, 2, (2, 1))
+
+
+def test_a_head_count_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="can't be split over 3 ranks; use a tensor parallel size that divides 8"):
+        GateUp().shard([torch.zeros(8, 2), torch.zeros(8, 2)], 0, 3, (4, 2))
+
+
+@pytest.mark.parametrize(
+    ("local", "transformer_engine"),
+    [
+        ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+        ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+        ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.weight"),
+        ("mlp.experts.local_experts.3.linear_fc1.weight", "mlp.experts.linear_fc1.weight3"),
+        ("mlp.experts.local_experts.1.linear_fc2.weight", "mlp.experts.linear_fc2.weight1"),
+    ],
+)
+def test_both_layer_specs_have_one_key_with_a_rule(local: str, transformer_engine: str) -> None:
+    config = tiny_moe_config(num_experts=16, decoder_sparse_step=2)  # Layers 1 and 3 have experts, 2 is dense.
+    layers = [2, 3]  # A second pipeline stage.
+    layer = 0 if "pre_mlp" in local else 1
+    keys = {
+        canonical_key(f"decoder.layers.{layer}.{name}", layers, first_expert=8) for name in (local, transformer_engine)
+    }
+    assert len(keys) == 1
+    assert keys <= {rule.key for rule in get_family(config).rules(config)}
+
+
+def test_layer_and_expert_numbers_become_global() -> None:
+    key = canonical_key("decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight", [6, 7], first_expert=8)
+    assert key == Key("decoder.layers.7.mlp.experts.linear_fc1.weight", expert=11)
+
+
+def test_a_dict_means_the_same_as_its_typed_config() -> None:
+    typed, raw = tiny_moe_config(), tiny_moe_config().to_dict()
+    family = get_family(raw)
+    assert family is get_family(typed)
+    assert family.rules(raw) == family.rules(typed)
+    assert family.transformer_config_kwargs(raw) == family.transformer_config_kwargs(typed)
+    assert family.gpt_model_kwargs(raw)["vocab_size"] == VOCAB
+
+
+def test_an_old_config_json_gives_its_rotary_base() -> None:
+    raw = {"model_type": "qwen3_moe", "rope_theta": 1e6, "num_experts": 16, "num_hidden_layers": 2}
+    assert get_family(raw).gpt_model_kwargs(raw)["rotary_base"] == 1e6
+
+
+def test_an_unknown_model_type_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="model_type='llama' is not known; the known ones are qwen3, qwen3_moe"):
+        get_family({"model_type": "llama"})
+
+
+def test_all_unsupported_settings_are_named_at_once() -> None:
+    config = tiny_moe_config(hidden_act="gelu", attention_bias=True, mlp_only_layers=[0, 1, 2, 3])
+    with pytest.raises(ValueError, match="hidden_act=gelu.*attention_bias=true.*no layer has experts"):
+        get_family(config)
