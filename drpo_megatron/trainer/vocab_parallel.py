@@ -90,7 +90,7 @@ def vocab_parallel_policy_loss(
         entropy_coef: weight of the entropy bonus.
         vocab_size: token ids from here on are padding, with probability 0 and no gradient. None: no padding.
         tp_group: ranks that share the vocabulary. None: this process holds all of it.
-        old_logprobs: [N], log pi_old; the ratio's anchor when given, else behavior_logprobs is.
+        old_logprobs: [N], log pi_old, for objectives with `anchor: recompute` (else behavior_logprobs is the anchor).
         reference_logprobs: [N], log pi_ref, for objectives with a KL term.
         sequence_ids: [N] int64, for sequence-level objectives.
         topk_ids, topk_behavior_logprobs: [N, K], the engine's top tokens, for objectives with `num_topk`.

@@ -85,7 +85,9 @@ class TokenBatch:
         targets = self.targets[rows, None]
         return targets if self.topk_ids is None else torch.cat([targets, self.topk_ids[rows]], dim=1)
 
-    def inputs(self, rows: torch.Tensor, logprobs: torch.Tensor, log_ratio_max: float) -> ObjectiveInputs:
+    def inputs(
+        self, rows: torch.Tensor, logprobs: torch.Tensor, *, old_is_anchor: bool, log_ratio_max: float
+    ) -> ObjectiveInputs:
         """What the objective sees of `rows`, given the log-probs [1 + K, n] of their ids."""
 
         def chosen(vector: torch.Tensor | None) -> torch.Tensor | None:
@@ -97,7 +99,7 @@ class TokenBatch:
             logprobs=logprobs[0],
             behavior_logprobs=behavior,
             advantages=self.advantages[rows].to(logprobs.dtype),
-            anchor_logprobs=behavior if old is None else old,
+            anchor_logprobs=old if old_is_anchor else behavior,
             weights=self.weights[rows].to(logprobs.dtype),
             old_logprobs=old,
             reference_logprobs=chosen(self.reference_logprobs),

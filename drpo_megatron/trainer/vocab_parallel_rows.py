@@ -51,7 +51,7 @@ def empty_statistics(num_rows: int, num_picked: int, like: torch.Tensor) -> torc
 
 
 def update_statistics(statistics: torch.Tensor, logits: torch.Tensor, columns: torch.Tensor) -> None:
-    """Merge a tile [n, C] of logits into `statistics`; `columns` [n, P]: the picked ids, counted from the tile's first."""
+    """Merge a tile [n, C] of logits into `statistics`; `columns` [n, P] are the ids, counted from its first."""
     use_triton = triton_kernels is not None and logits.is_cuda
     tile = triton_kernels.row_statistics(logits) if use_triton else _row_statistics(logits)
     statistics[:PICKED] = _merge(torch.stack([statistics[:PICKED], tile]))

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from drpo_megatron.metrics import Statistic
-from drpo_megatron.objectives.base import Objective, ObjectiveOutputs
+from drpo_megatron.objectives.base import Objective, ObjectiveInputs
+from drpo_megatron.objectives.diagnostics import policy_statistics
 from drpo_megatron.trainer.vocab_parallel_batch import Rows, TokenBatch
 from drpo_megatron.trainer.vocab_parallel_chunks import (
     GradientSums,
@@ -94,13 +95,18 @@ class PolicyLossTask:
     def _operands(self, gathered: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return gathered[rows].to(self.head.operand_dtype)
 
+    def _inputs(self, rows: torch.Tensor, logprobs: torch.Tensor) -> ObjectiveInputs:
+        return self.batch.inputs(
+            rows, logprobs, old_is_anchor=self.objective.needs_old_logprobs, log_ratio_max=self.log_ratio_max
+        )
+
     def _make_gradients(self, gathered: torch.Tensor) -> None:
         """Three matmuls: fills the softmax of the gradient rows and keeps the gradients of a loss scale of 1."""
         rows = self.rows.gradient
 
         def scales_of(chunk: slice, softmax: SoftmaxRows) -> LogitScales:
             self.softmax.put(rows[chunk], softmax)
-            inputs = self.batch.inputs(rows[chunk], softmax.logprobs, self.log_ratio_max)
+            inputs = self._inputs(rows[chunk], softmax.logprobs)
             return inputs.weights * self.objective(inputs).coef, self._entropy_scale(rows[chunk])
 
         sums, weight = self._new_sums(rows, main_grad=None)
@@ -119,13 +125,15 @@ class PolicyLossTask:
     def _loss(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss over all rows at once (so that chunks do not show in it), and [N] d loss / d logprobs."""
         good, gradient = self.rows.good, self.rows.gradient
-        inputs = self.batch.inputs(good, self.softmax.logprobs[:, good], self.log_ratio_max)
-        outputs: ObjectiveOutputs = self.objective(inputs)
+        inputs = self._inputs(good, self.softmax.logprobs[:, good])
+        outputs = self.objective(inputs)
         entropy = self.softmax.entropy[good]
         per_token = inputs.weights * (outputs.loss - self.entropy_coef * entropy)
         self.coef = scatter(outputs.coef, good, self.num_rows)
         self.objective_weight = scatter(outputs.weight, good, self.num_rows)
-        self.metrics = {}
+        self.metrics = policy_statistics(
+            inputs=inputs, outputs=outputs, entropy=entropy, delta=getattr(self.objective, "delta", None)
+        )
         loss = scatter(per_token, good, self.num_rows)[gradient].sum()
         return loss, scatter(inputs.weights * outputs.coef, good, self.num_rows)
 
