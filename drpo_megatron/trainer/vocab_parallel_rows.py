@@ -52,8 +52,7 @@ def empty_statistics(num_rows: int, num_picked: int, like: torch.Tensor) -> torc
 
 def update_statistics(statistics: torch.Tensor, logits: torch.Tensor, columns: torch.Tensor) -> None:
     """Merge a tile [n, C] of logits into `statistics`; `columns` [n, P] are the ids, counted from its first."""
-    use_triton = triton_kernels is not None and logits.is_cuda
-    tile = triton_kernels.row_statistics(logits) if use_triton else _row_statistics(logits)
+    tile = triton_kernels.row_statistics(logits) if _uses_triton(logits) else _row_statistics(logits)
     statistics[:PICKED] = _merge(torch.stack([statistics[:PICKED], tile]))
     inside = (columns >= 0) & (columns < logits.shape[1])
     picked = logits.gather(1, columns.clamp(0, logits.shape[1] - 1))
@@ -87,7 +86,7 @@ def logit_gradient_(
     `logits` is overwritten in the torch version. target_scale is d loss / d log p(target), entropy_scale is
     -d loss / d entropy, both [n]; `target_columns` [n] counts from the tile's first column.
     """
-    if triton_kernels is not None and logits.is_cuda:
+    if _uses_triton(logits):
         return triton_kernels.logit_gradient(
             logits, rows.logsumexp, rows.entropy, target_scale, entropy_scale, target_columns, out_dtype
         )
@@ -101,6 +100,10 @@ def logit_gradient_(
     columns = target_columns.clamp(0, logits.shape[1] - 1)
     logits.scatter_add_(1, columns[:, None], torch.where(inside, target_scale, 0.0)[:, None])
     return logits.to(out_dtype)
+
+
+def _uses_triton(logits: torch.Tensor) -> bool:
+    return triton_kernels is not None and logits.is_cuda and logits.dtype == torch.float32
 
 
 def _row_statistics(logits: torch.Tensor) -> torch.Tensor:
