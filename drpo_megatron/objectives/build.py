@@ -32,7 +32,7 @@ from drpo_megatron.objectives.sapo import sapo
 from drpo_megatron.objectives.sft import sft
 from drpo_megatron.objectives.spo import spo
 
-REGISTRY: dict[str, Callable[[ObjectiveInputs, Any], ObjectiveOutputs]] = {
+REGISTRY: dict[str, Callable[..., ObjectiveOutputs]] = {
     "pg": pg,
     "grpo": grpo,
     "ppo": grpo,
