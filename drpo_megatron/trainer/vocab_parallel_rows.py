@@ -64,8 +64,9 @@ def combine_over_ranks(statistics: torch.Tensor, group: dist.ProcessGroup | None
     if group is None:
         gathered = statistics[None]
     else:
-        gathered = statistics.new_empty(dist.get_world_size(group), *statistics.shape)
+        gathered = statistics.new_empty(dist.get_world_size(group) * statistics.shape[0], statistics.shape[1])
         dist.all_gather_into_tensor(gathered, statistics, group=group)
+        gathered = gathered.unflatten(0, (-1, statistics.shape[0]))
     maximum, sum_exp, sum_shifted = _merge(gathered[:, :PICKED])
     log_sum = sum_exp.log()
     # z - m and log s are added last: the log-prob keeps its digits when logits are large.
