@@ -26,20 +26,26 @@ MAXIMUM, SUM_EXP, SUM_SHIFTED, PICKED = 0, 1, 2, 3
 
 @dataclass(frozen=True, slots=True)
 class SoftmaxRows:
-    """What n rows of the full, sharded softmax amount to. Bitwise equal on all ranks."""
+    """What n rows of the full, sharded softmax amount to. Bitwise equal on all ranks.
 
-    logsumexp: torch.Tensor
-    """[n]"""
+    log p = (z - maximum) - log_sum, in this order: their sum, log-sum-exp, has no digits left for large logits.
+    """
+
+    maximum: torch.Tensor
+    """[n] max z"""
+    log_sum: torch.Tensor
+    """[n] log sum exp(z - maximum)"""
     entropy: torch.Tensor
     """[n] nats"""
     logprobs: torch.Tensor
     """[P, n] of the picked ids."""
 
     def select(self, rows: torch.Tensor | slice) -> SoftmaxRows:
-        return SoftmaxRows(self.logsumexp[rows], self.entropy[rows], self.logprobs[:, rows])
+        return SoftmaxRows(self.maximum[rows], self.log_sum[rows], self.entropy[rows], self.logprobs[:, rows])
 
     def put(self, rows: torch.Tensor, other: SoftmaxRows) -> None:
-        self.logsumexp[rows] = other.logsumexp
+        self.maximum[rows] = other.maximum
+        self.log_sum[rows] = other.log_sum
         self.entropy[rows] = other.entropy
         self.logprobs[:, rows] = other.logprobs
 
@@ -69,9 +75,8 @@ def combine_over_ranks(statistics: torch.Tensor, group: dist.ProcessGroup | None
         gathered = gathered.unflatten(0, (-1, statistics.shape[0]))
     maximum, sum_exp, sum_shifted = _merge(gathered[:, :PICKED])
     log_sum = sum_exp.log()
-    # z - m and log s are added last: the log-prob keeps its digits when logits are large.
     logprobs = (gathered[:, PICKED:].sum(0) - maximum) - log_sum
-    return SoftmaxRows(maximum + log_sum, log_sum - sum_shifted / sum_exp, logprobs.clamp_(max=0))
+    return SoftmaxRows(maximum, log_sum, log_sum - sum_shifted / sum_exp, logprobs.clamp_(max=0))
 
 
 def logit_gradient_(
@@ -89,12 +94,13 @@ def logit_gradient_(
     """
     if _uses_triton(logits):
         return triton_kernels.logit_gradient(
-            logits, rows.logsumexp, rows.entropy, target_scale, entropy_scale, target_columns, out_dtype
+            logits, rows.maximum, rows.log_sum, rows.entropy, target_scale, entropy_scale, target_columns, out_dtype
         )
-    logits.sub_(rows.logsumexp[:, None])
+    logits.sub_(rows.maximum[:, None])
     if entropy_scale is None:
-        logits.exp_().mul_(-target_scale[:, None])
+        logits.exp_().mul_((-target_scale * rows.log_sum.neg().exp())[:, None])
     else:
+        logits.sub_(rows.log_sum[:, None])
         factor = (logits + rows.entropy[:, None]).mul_(entropy_scale[:, None]).sub_(target_scale[:, None])
         logits.exp_().mul_(factor)
     inside = (target_columns >= 0) & (target_columns < logits.shape[1])

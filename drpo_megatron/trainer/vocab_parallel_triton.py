@@ -23,7 +23,8 @@ def row_statistics(logits: torch.Tensor) -> torch.Tensor:
 
 def logit_gradient(
     logits: torch.Tensor,
-    logsumexp: torch.Tensor,
+    maximum: torch.Tensor,
+    log_sum: torch.Tensor,
     entropy: torch.Tensor,
     target_scale: torch.Tensor,
     entropy_scale: torch.Tensor | None,
@@ -36,7 +37,8 @@ def logit_gradient(
     _logit_gradient[(num_rows, triton.cdiv(num_columns, BLOCK))](
         logits,
         out,
-        logsumexp.contiguous(),
+        maximum.contiguous(),
+        log_sum.contiguous(),
         entropy.contiguous(),
         target_scale.contiguous(),
         target_scale if entropy_scale is None else entropy_scale.contiguous(),
@@ -77,7 +79,8 @@ def _row_statistics(logits, out, num_rows, num_columns, row_stride, BLOCK: tl.co
 def _logit_gradient(
     logits,
     out,
-    logsumexp,
+    maximum,
+    log_sum,
     entropy,
     target_scale,
     entropy_scale,
@@ -91,7 +94,8 @@ def _logit_gradient(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < num_columns
-    logprob = tl.load(logits + row * row_stride + columns, mask=inside, other=0.0) - tl.load(logsumexp + row)
+    z = tl.load(logits + row * row_stride + columns, mask=inside, other=0.0)
+    logprob = (z - tl.load(maximum + row)) - tl.load(log_sum + row)
     scale = tl.load(target_scale + row)
     factor = -scale
     if HAS_ENTROPY:

@@ -30,6 +30,8 @@ class Case:
 @dataclass(frozen=True)
 class Reference:
     loss: torch.Tensor
+    loss_magnitude: torch.Tensor
+    """Sum of the rows' absolute losses: what an error of the loss is small against, because rows cancel."""
     logprobs: torch.Tensor
     entropy: torch.Tensor
     coef: torch.Tensor
@@ -96,6 +98,7 @@ def reference_policy_loss(
 
     return Reference(
         loss=(inputs.weights * per_row).sum(),
+        loss_magnitude=(inputs.weights * per_row).abs().sum(),
         logprobs=full(logprobs),
         entropy=full(entropy),
         coef=full(outputs.coef),
@@ -105,9 +108,9 @@ def reference_policy_loss(
 
 
 def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference over the largest expected magnitude; the absolute difference where all expected are 0."""
+    """Largest difference over the largest expected magnitude; the difference itself where FP32 has only 0 for them."""
     if ours.numel() == 0:
         return 0.0
-    scale = expected.double().abs().max()
+    scale = expected.float().abs().max().double()
     difference = (ours.detach().double() - expected.double()).abs().max()
     return (difference / scale if scale > 0 else difference).item()
