@@ -94,7 +94,7 @@ def vocab_parallel_policy_loss(
         reference_logprobs: [N], log pi_ref, for objectives with a KL term.
         sequence_ids: [N] int64, for sequence-level objectives.
         topk_ids, topk_behavior_logprobs: [N, K], the engine's top tokens, for objectives with `num_topk`.
-        chunk_bytes: upper limit of the FP32 logits held at once, in bytes. None: 64 MiB on a CPU, 1 GiB (and at least
+        chunk_bytes: upper limit of the FP32 logits held at once, in bytes. None: 32 MiB on a CPU, 1 GiB (and at least
             4096 rows) on a GPU.
         low_memory: keep no logits and no [rows, H] buffer: the backward computes logits again (four matmuls instead
             of three). Sequence-level objectives always work this way.
@@ -118,8 +118,8 @@ def vocab_parallel_policy_loss(
         old_logprobs=old_logprobs,
         reference_logprobs=reference_logprobs,
         sequence_ids=sequence_ids,
-        topk_ids=topk_ids,
-        topk_behavior_logprobs=topk_behavior_logprobs,
+        topk_ids=topk_ids if objective.num_topk else None,
+        topk_behavior_logprobs=topk_behavior_logprobs if objective.num_topk else None,
     )
     head = head_shard(hidden, weight, vocab_size, temperature, tp_group, chunk_bytes)
     batch.check(objective, hidden.shape[0] * (head.num_ranks if sequence_parallel else 1))

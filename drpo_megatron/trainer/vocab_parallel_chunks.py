@@ -22,14 +22,15 @@ from drpo_megatron.trainer.vocab_parallel_rows import (
     update_statistics,
 )
 
-CPU_TILE_BYTES = 2**20
-"""A tile of FP32 logits that stays in a core's L2 cache between its matmul and its row statistics."""
-CPU_CHUNK_BYTES = 2**26
+CPU_TILE_BYTES = 2**21
+"""A tile of FP32 logits that is still in a core's cache when its row statistics are taken."""
+CPU_TILE_ROWS = 1024
+CPU_CHUNK_BYTES = 2**25
 CUDA_TILE_BYTES = 2**28
+CUDA_TILE_ROWS = 8192
 CUDA_CHUNK_BYTES = 2**30
 CUDA_CHUNK_ROWS = 4096
 """Fewer rows would make a chunk's pass over dW as slow as its matmul."""
-RECOMPUTE_TILE_ROWS = 1024
 
 LogitScales = tuple[torch.Tensor, torch.Tensor | None]
 """target_scale and entropy_scale of `logit_gradient_`, [n] each."""
@@ -164,7 +165,8 @@ def fused_gradient(
 
 def _recompute_tiles(head: Head, num_rows: int) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
     """(rows, columns, weight tile, buffer): the vocabulary outside, so that a tile of W and of dW is visited once."""
-    block = max(1, min(num_rows, RECOMPUTE_TILE_ROWS, head.tile_elements))
+    tile_rows = CUDA_TILE_ROWS if head.weight.is_cuda else CPU_TILE_ROWS
+    block = max(1, min(num_rows, tile_rows, head.tile_elements))
     width = max(1, head.tile_elements // block)
     buffer = head.weight.new_empty(block * min(width, max(1, head.weight.shape[0])), dtype=head.compute_dtype)
     for columns, weight in head.tiles(width):

@@ -52,7 +52,8 @@ class PolicyLossTask:
         self._hidden_dtype, self._weight, self._needs = hidden.dtype, weight, needs
         gathered = gather_hidden(hidden, self.head.group, self.sequence_parallel)
         zeros = torch.zeros(self.num_rows, dtype=self.head.compute_dtype, device=hidden.device)
-        self.softmax = SoftmaxRows(zeros, zeros.clone(), zeros.clone(), zeros.new_zeros(self.batch.num_ids, self.num_rows))
+        logprobs = zeros.new_zeros(self.batch.num_ids, self.num_rows)
+        self.softmax = SoftmaxRows(zeros, zeros.clone(), zeros.clone(), logprobs)
 
         fused = any(needs) and not self.recompute
         if fused:
