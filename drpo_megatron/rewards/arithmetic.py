@@ -1,0 +1,31 @@
+"""1 if the response is the integer that was asked for and nothing else, else 0."""
+
+from __future__ import annotations
+
+import re
+
+from drpo_megatron.types import Prompt
+
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+
+
+class ArithmeticReward:
+    """The whole response, spaces around it aside, must be the integer: a search for the last number in it would reward
+    a policy that lists candidates."""
+
+    def __call__(self, response: str, answer: str, prompt: Prompt) -> float:
+        text = response.strip()
+        return float(_INTEGER.fullmatch(text) is not None and _same_integer(text, answer.strip()))
+
+    def close(self) -> None:
+        pass
+
+
+def _same_integer(first: str, second: str) -> bool:
+    """Compares digits as text: int() refuses numbers of more than 4300 digits, which a policy may well write."""
+    return _canonical(first) == _canonical(second)
+
+
+def _canonical(text: str) -> str:
+    digits = text.lstrip("+-").lstrip("0") or "0"
+    return "-" + digits if text.startswith("-") and digits != "0" else digits
