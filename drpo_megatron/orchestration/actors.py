@@ -1,0 +1,174 @@
+"""The processes of a run, as thin Ray actors: each holds one object of a lower layer and hands calls through.
+
+    TrainerRank   one Megatron rank          logs/trainer-rank<r>.log
+    EngineActor   one rollout engine         logs/engine-<i>.log
+    RewardActor   the reward function        logs/rewards.log
+
+Modules that import torch are imported inside `start`, so that their output and errors are already in the log file.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import resource
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from drpo_megatron.config import Config
+from drpo_megatron.types import Completion, Prompt, Sample, StepReport
+
+if TYPE_CHECKING:
+    from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
+    from drpo_megatron.weight_sync import Bucket, PublishReport
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    host: str
+    address: str
+    pid: int
+    gpus: tuple[int, ...]
+
+
+class ProcessActor:
+    """What every process of a run can do: say where it runs, and write all its output into its log file."""
+
+    def __init__(self, working_dir: str) -> None:
+        os.chdir(working_dir)  # Relative paths mean the same in every process.
+        if working_dir not in sys.path:
+            sys.path.insert(0, working_dir)
+
+    def place(self) -> Place:
+        gpus = tuple(int(gpu) for gpu in ray.get_gpu_ids())
+        return Place(socket.gethostname(), ray.util.get_node_ip_address(), os.getpid(), gpus)
+
+    def open_log(self, log_file: Path) -> None:
+        """Send file descriptors 1 and 2 to the file: also what native libraries and child processes print."""
+        file = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.close(file)
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        faulthandler.enable()
+        print(f"--- pid {os.getpid()} on {socket.gethostname()}")
+
+    def is_alive(self) -> bool:
+        return True
+
+    def peak_rss_mb(self) -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class TrainerRank(ProcessActor):
+    """One rank of `drpo_megatron.trainer.trainer.Trainer`. Every method is called on all ranks at once."""
+
+    def import_trainer(self) -> None:
+        """The slow part of the start, which all ranks do at once before they wait for the store."""
+        import drpo_megatron.trainer.trainer  # noqa: F401
+
+    def open_store(self, host: str, world_size: int) -> int:
+        """On rank 0: the store at which the ranks meet. Returns its port, chosen by the system."""
+        from torch.distributed import TCPStore
+
+        self.store = TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
+        return self.store.port
+
+    def start(self, config: Config, rank: int, host: str, port: int) -> None:
+        from datetime import timedelta
+
+        from torch.distributed import TCPStore
+
+        from drpo_megatron.trainer.setup import initialize_distributed
+        from drpo_megatron.trainer.trainer import Trainer
+
+        world_size, cluster = config.parallel.num_ranks, config.cluster
+        patience = timedelta(seconds=cluster.startup_timeout_s)
+        store = self.store if rank == 0 else TCPStore(host, port, world_size, timeout=patience)
+        initialize_distributed(config, rank, world_size, store, cluster.step_timeout_s)
+        self.rank = rank
+        self.trainer = Trainer(config)
+
+    def policy_version(self) -> int:
+        return self.trainer.policy_version
+
+    def supervised_step(self, samples: Sequence[Sample]) -> StepReport:
+        return self.trainer.supervised_step(samples)
+
+    def start_rl(self) -> None:
+        self.trainer.start_rl()
+
+    def train_step(self, samples: Sequence[Sample]) -> StepReport:
+        return self.trainer.train_step(samples)
+
+    def compute_logprobs(self, samples: Sequence[Sample]) -> dict[str, tuple[float, ...]]:
+        return self.trainer.compute_logprobs(samples)
+
+    def save_checkpoint(self, directory: Path) -> None:
+        self.trainer.save_checkpoint(directory)
+
+    def load_checkpoint(self, directory: Path) -> None:
+        self.trainer.load_checkpoint(directory)
+
+    def publish_weights(self, engines: Sequence[Any]) -> PublishReport:
+        """Rank 0 puts buckets into the object store for all engines to load; the others take part in the export."""
+        from drpo_megatron.weight_sync import publish
+
+        def load(bucket: Bucket) -> None:
+            shared = ray.put(bucket)
+            ray.get([engine.load_weights.remote(shared) for engine in engines])
+
+        def finish(policy_version: int, checksums: dict[str, str]) -> None:
+            ray.get([engine.finish_update.remote(policy_version, checksums) for engine in engines])
+
+        return publish(self.trainer.export_weights(), self.trainer.policy_version, load, finish)
+
+    def write_hf(self, directory: Path, source: Path) -> None:
+        """The present weights as a Hugging Face checkpoint, config and tokenizer copied from `source`."""
+        from drpo_megatron.checkpoint.hf import write_hf_checkpoint
+
+        exported = self.trainer.export_weights()
+        if self.rank == 0:
+            write_hf_checkpoint(directory, exported, source)
+        else:
+            for _ in exported:
+                pass
+
+
+class EngineActor(ProcessActor):
+    """One rollout engine (`drpo_megatron.rollout.engine.RolloutEngine`)."""
+
+    def start(self, config: Config) -> None:
+        from drpo_megatron.rollout.transformers_engine import TransformersEngine
+
+        self.engine = TransformersEngine(config.model.hf_path, config.rollout.engine)
+
+    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]:
+        return self.engine.generate(requests, params)
+
+    def load_weights(self, bucket: Bucket) -> None:
+        self.engine.load_weights(bucket)
+
+    def finish_update(self, policy_version: int, expected_checksums: dict[str, str]) -> None:
+        self.engine.finish_update(policy_version, expected_checksums)
+
+
+class RewardActor(ProcessActor):
+    """The reward function in a process of its own: user code can't take a trainer rank with it."""
+
+    def start(self, config: Config) -> None:
+        from drpo_megatron.rewards import RewardScorer
+
+        self.scorer = RewardScorer(config.reward)
+
+    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> list[float]:
+        return self.scorer.score(pairs)

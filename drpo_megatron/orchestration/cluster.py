@@ -1,0 +1,183 @@
+"""Start the processes of a run and end them, on this machine or on a Ray cluster that runs already.
+
+    with cluster(config, logs, clock, say) as workers: ...
+
+Beside the command line the only module that touches environment variables.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import ray
+
+from drpo_megatron.config import Config
+from drpo_megatron.orchestration.actors import EngineActor, RewardActor, TrainerRank
+from drpo_megatron.orchestration.clock import Clock
+from drpo_megatron.orchestration.workers import (
+    ActorGroup,
+    EngineGroup,
+    Process,
+    RewardGroup,
+    Supervisor,
+    Workers,
+)
+
+_OBJECT_STORE_BYTES = 512 * 2**20
+"""Of our own Ray: holds a weight bucket, a rollout and little else; more than that spills to the disk."""
+
+
+@contextmanager
+def cluster(config: Config, logs: Path, clock: Clock, say: Callable[[str], None]) -> Iterator[Workers]:
+    """All processes of the run, started and ready. They end with the block, however it ends.
+
+    Raises: ValueError when the cluster is too small; ProcessFailure when a process fails to start in time.
+    """
+    with ExitStack() as stack:
+        with clock.phase("startup"):
+            stack.enter_context(_ray(config))
+            workers = _start(config, logs, say)
+        yield workers
+
+
+@contextmanager
+def _ray(config: Config) -> Iterator[None]:
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    address = config.cluster.ray_address
+    temporary = None if address else tempfile.mkdtemp(prefix="ray-", dir=_short_temporary_directory())
+    # ray/_private/worker.py:439,2774 would tell every death and lost peer on its own; our one error names the culprit.
+    os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
+    ray._private.worker.listen_error_messages = lambda worker, stopped: None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # The default says at length that it will change.
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        else:
+            ray.init(
+                num_cpus=max(os.cpu_count() or 1, _num_processes(config)),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _temp_dir=temporary,
+            )
+        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init takes it for itself.
+        yield
+    finally:
+        on_sigint = signal.signal(signal.SIGINT, signal.SIG_IGN)  # A second Ctrl-C must not leave processes behind.
+        ray.shutdown()
+        signal.signal(signal.SIGINT, on_sigint)
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _start(config: Config, logs: Path, say: Callable[[str], None]) -> Workers:
+    num_ranks, num_engines = config.parallel.num_ranks, config.rollout.engine.num_engines
+    say(f"starting {_count(num_ranks, 'trainer rank')}, {_count(num_engines, 'engine')} and the rewards ...")
+    started, timeout_s = time.monotonic(), config.cluster.startup_timeout_s
+    on_gpu = _ranks_have_gpus(config)
+    supervisor = Supervisor()
+
+    def launch(actor_class: type, name: str, log: str, environment: dict[str, str], num_gpus: int = 0) -> Process:
+        actor = ray.remote(actor_class).options(
+            num_cpus=1, num_gpus=num_gpus, max_restarts=0, runtime_env={"env_vars": environment}
+        )
+        process = Process(name, actor.remote(os.getcwd()), (logs / f"{log}.log").absolute())
+        supervisor.processes.append(process)
+        return process
+
+    rank_environment = _rank_environment(config, on_gpu)
+    ranks = [
+        launch(TrainerRank, f"trainer rank {r}", f"trainer-rank{r}", rank_environment, int(on_gpu))
+        for r in range(num_ranks)
+    ]
+    engine_environment = _environment(config.rollout.engine.num_threads)
+    engines = [launch(EngineActor, f"engine {i}", f"engine-{i}", engine_environment) for i in range(num_engines)]
+    rewards = launch(RewardActor, "rewards", "rewards", _environment(1))
+
+    processes = [*ranks, *engines, rewards]
+    places = supervisor.wait([(p, p.actor.place.remote()) for p in processes], timeout_s)
+    for process, place in zip(processes, places, strict=True):
+        process.place = place
+    _number_by_machine(ranks)
+    for process in processes:
+        process.actor.open_log.remote(process.log_file)
+
+    others = [(p, p.actor.start.remote(config)) for p in (*engines, rewards)]
+    for rank in ranks:
+        rank.actor.import_trainer.remote()
+    host = ranks[0].place.address if config.cluster.ray_address else "127.0.0.1"
+    [port] = supervisor.wait([(ranks[0], ranks[0].actor.open_store.remote(host, num_ranks))], timeout_s)
+    meeting = [(p, p.actor.start.remote(config, r, host, port)) for r, p in enumerate(ranks)]
+    supervisor.wait([*meeting, *others], timeout_s)
+    say(f"all processes are up after {time.monotonic() - started:.0f} s; their output is in {logs}")
+    return Workers(ActorGroup(ranks, supervisor), EngineGroup(engines, supervisor), RewardGroup([rewards], supervisor))
+
+
+def _number_by_machine(ranks: list[Process]) -> None:
+    """Give neighbouring ranks (tensor and expert parallel groups) to the same machine: Ray places actors anyhow."""
+    placed = sorted(((p.actor, p.place) for p in ranks), key=lambda item: (item[1].address, item[1].gpus))
+    for process, (actor, place) in zip(ranks, placed, strict=True):
+        process.actor, process.place = actor, place
+
+
+def _num_processes(config: Config) -> int:
+    return config.parallel.num_ranks + config.rollout.engine.num_engines + 1
+
+
+def _ranks_have_gpus(config: Config) -> bool:
+    """Whether ranks get a GPU each. Raises ValueError when the cluster can't hold the run."""
+    resources = ray.cluster_resources()
+    num_cpus, num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    num_ranks, backend = config.parallel.num_ranks, config.trainer.backend
+    if num_cpus < _num_processes(config):
+        needed = _num_processes(config)
+        raise ValueError(f"the Ray cluster has {num_cpus} CPUs, but the run needs {needed}, one a process")
+    if backend == "cpu" or (backend == "auto" and num_gpus == 0):
+        return False
+    if num_gpus < num_ranks:
+        raise ValueError(
+            f"parallel.num_ranks={num_ranks} needs as many GPUs, but Ray sees {num_gpus}; "
+            f"use fewer ranks, more nodes, or trainer.backend=cpu"
+        )
+    return True
+
+
+def _environment(num_threads: int) -> dict[str, str]:
+    """Set before the process imports torch, which reads the thread counts once."""
+    return {
+        "OMP_NUM_THREADS": str(num_threads),
+        "MKL_NUM_THREADS": str(num_threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def _rank_environment(config: Config, on_gpu: bool) -> dict[str, str]:
+    environment = _environment(config.cluster.rank_threads)
+    if on_gpu:
+        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Orders Megatron's communication before the kernels it feeds.
+    else:
+        environment["TORCHDYNAMO_DISABLE"] = "1"  # Megatron's compiled helpers cost minutes on a CPU and gain nothing.
+    if config.cluster.ray_address is None and sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # The host name of a container often resolves to nothing.
+    return environment
+
+
+def _short_temporary_directory() -> str:
+    """Ray's socket paths have to stay within 107 characters."""
+    directory = tempfile.gettempdir()
+    return directory if len(directory) <= 25 else "/tmp"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,98 @@
+"""A training run from its configuration to its summary: read, start the processes, loop, export.
+
+Everything that can be wrong with the input is found by `read_inputs`, before a process starts or a file is written.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drpo_megatron.checkpoint.hf import HFCheckpoint
+from drpo_megatron.config import Config
+from drpo_megatron.data.prompts import PromptStream, read_demonstrations, read_prompts
+from drpo_megatron.data.tokenize import load_tokenizer
+from drpo_megatron.orchestration.clock import Clock
+from drpo_megatron.orchestration.cluster import cluster
+from drpo_megatron.orchestration.loop import Loop
+from drpo_megatron.orchestration.run_directory import RunDirectory, versions
+from drpo_megatron.orchestration.workers import Workers
+from drpo_megatron.plots import draw_training
+from drpo_megatron.sinks import MetricsLogger
+from drpo_megatron.types import Prompt, Sample
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    prompts: list[Prompt]
+    heldout: list[Prompt]
+    demonstrations: list[Sample]
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Prompts and demonstrations, tokenised, after a look at the checkpoint. ValueError names file and line."""
+    HFCheckpoint(config.model.hf_path)
+    tokenizer = load_tokenizer(config.model.hf_path)
+    heldout = read_prompts(config.data.heldout, tokenizer, config) if config.data.heldout else []
+    prompts = read_prompts(config.data.train, tokenizer, config)
+    needed = config.rollout.prompts_per_step * (1 + config.rollout.resample_equal_groups)
+    if len(prompts) < needed:
+        raise ValueError(
+            f"{config.data.train} has {len(prompts)} prompts, but a step may draw {needed} different ones: "
+            f"rollout.prompts_per_step={config.rollout.prompts_per_step} in up to "
+            f"{1 + config.rollout.resample_equal_groups} rounds; give more prompts or lower them"
+        )
+    return Inputs(
+        prompts=prompts,
+        heldout=heldout[: config.eval.max_prompts],
+        demonstrations=read_demonstrations(config.warmup.data, tokenizer, config) if config.warmup else [],
+    )
+
+
+def train(config: Config, inputs: Inputs, run: RunDirectory, say: Say) -> dict[str, Any]:
+    """The whole run, or the rest of it after the newest checkpoint of `run`. Returns the summary."""
+    checkpoint = run.latest_checkpoint(config)
+    progress = checkpoint[1] if checkpoint else None
+    clock = Clock(progress.phase_s, progress.wall_s) if progress else Clock()
+    total_steps, resume_step = config.run.num_steps, progress.step if progress else None
+    say(f"continuing {run.path} after step {resume_step}" if progress else f"run directory: {run.path}")
+    with cluster(config, run.logs, clock, say) as workers:
+        prompts = PromptStream(inputs.prompts, shuffle=config.data.shuffle, seed=config.run.seed)
+        metrics = MetricsLogger(run.path, config.metrics, total_steps, resume_step)
+        try:
+            loop = Loop(config, run, workers, prompts, inputs.heldout, inputs.demonstrations, metrics, clock, say)
+            loop.run(checkpoint)
+        finally:
+            metrics.close()
+        if config.checkpoint.save_hf:
+            with clock.phase("export"):
+                workers.ranks.call("write_hf", run.hf, Path(config.model.hf_path))
+        summary = summarise(config, loop, workers)
+    run.summary_file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    if config.metrics.plot:
+        draw_training(run.path)
+    return summary
+
+
+def summarise(config: Config, loop: Loop, workers: Workers) -> dict[str, Any]:
+    """summary.json: what came out of the run and what it took."""
+    phase_s = loop.clock.totals
+    driver_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        "heldout_before": loop.accuracy.get(0),
+        "heldout_after": loop.accuracy.get(config.run.num_steps),
+        "wall_s": loop.clock.wall_s,
+        "phase_s": phase_s,
+        "tokens_per_s": {phase: count / phase_s[phase] for phase, count in loop.num_tokens.items()},
+        "peak_rss_mb": workers.peak_rss_mb() | {"driver": driver_mb},
+        "versions": versions(),
+        "seed": config.run.seed,
+        "num_steps": config.run.num_steps,
+        "policy_version": loop.policy_version,
+    }

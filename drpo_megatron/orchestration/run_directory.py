@@ -1,0 +1,173 @@
+"""Where a run keeps its files, and how a checkpoint comes to be whole or not at all.
+
+    RUN_DIR/config.yaml                      the resolved configuration
+            metrics.jsonl, training.png, summary.json
+            logs/<process>.log               output of every process
+            checkpoints/step_000040/         trainer files and driver.json
+            hf/                              the trained model as a Hugging Face checkpoint
+
+A checkpoint is written under a temporary name and renamed when all of it is on the disk, so a directory named
+`step_*` is complete; a killed run leaves at most a `.writing-*` directory, which the next save removes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from drpo_megatron.config import Config, load_config, load_resolved, save_config
+
+CHANGEABLE = ("run.num_steps", "metrics", "eval", "checkpoint", "cluster")
+"""What may change at a resume: everything else would make it another run."""
+
+_DRIVER_FILE = "driver.json"
+_TEMPORARY = ".writing-"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What the driver has to remember. The trainer's own state lies beside it in the checkpoint."""
+
+    step: int
+    """RL steps done. 0: the warm-up, if any, is done."""
+    policy_version: int
+    prompt_stream: dict[str, Any]
+    accuracy: dict[str, float]
+    """Held-out accuracy by step (a string, as JSON has it), where it was measured."""
+    phase_s: dict[str, float]
+    """Seconds spent in each phase so far, over all resumes."""
+    num_tokens: dict[str, int]
+    """Tokens generated and trained so far."""
+    wall_s: float
+
+
+class RunDirectory:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.logs = path / "logs"
+        self.checkpoints = path / "checkpoints"
+        self.hf = path / "hf"
+        self.summary_file = path / "summary.json"
+
+    @classmethod
+    def create(cls, config: Config) -> RunDirectory:
+        """A new directory with the resolved configuration. ValueError when there is a run in it."""
+        run = cls(planned_path(config))
+        if run.config_file.exists() or run.checkpoints.exists():
+            raise ValueError(
+                f"{run.path} holds another run; give another run.run_dir, or continue it: "
+                f"drpo-megatron train --resume {run.path}"
+            )
+        run.logs.mkdir(parents=True, exist_ok=True)
+        save_config(config, run.config_file)
+        return run
+
+    @classmethod
+    def reopen(cls, path: Path, file: Path | None, overrides: Sequence[str]) -> tuple[RunDirectory, Config]:
+        """The directory of a run to continue, and its configuration: of `file`, or the saved one, with overrides.
+
+        Raises ValueError when there is no run, when it is complete, or when a key differs that makes it another run.
+        """
+        run = cls(path)
+        if not run.config_file.is_file():
+            raise ValueError(f"{path} holds no run to resume: {run.config_file.name} is missing")
+        saved = load_resolved(run.config_file)
+        config = load_config(file or run.config_file, overrides)
+        if refused := _refused_changes(saved, config):
+            raise ValueError(
+                f"{path} can't be resumed with {'; '.join(refused)}: only {', '.join(CHANGEABLE)} may change. "
+                f"Start a new run for anything else"
+            )
+        checkpoint = run.latest_checkpoint(config)
+        if checkpoint is not None and checkpoint[1].step >= config.run.num_steps:
+            raise ValueError(
+                f"{path} is complete: {checkpoint[1].step} of run.num_steps={config.run.num_steps} steps are done; "
+                f"continue it with a larger run.num_steps"
+            )
+        return run, config
+
+    def save_config(self, config: Config) -> None:
+        save_config(config, self.config_file)
+
+    def latest_checkpoint(self, config: Config) -> tuple[Path, Progress] | None:
+        """The newest complete checkpoint; None when there is none. ValueError when it belongs to another config."""
+        for path in reversed(self._complete()):
+            record = json.loads((path / _DRIVER_FILE).read_text(encoding="utf-8"))
+            if record["fingerprint"] != fingerprint(config):
+                raise ValueError(f"{path} was saved with another configuration than {self.config_file}; restore it")
+            return path, Progress(**record["progress"])
+        return None
+
+    @contextmanager
+    def writing_checkpoint(self, progress: Progress, config: Config) -> Iterator[Path]:
+        """A directory to fill. It becomes `step_<n>` when the block ends without error; then old ones are removed."""
+        self.checkpoints.mkdir(exist_ok=True)
+        for leftover in self.checkpoints.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(leftover)
+        final = self.checkpoints / f"step_{progress.step:06d}"
+        temporary = self.checkpoints / f"{_TEMPORARY}{final.name}"
+        temporary.mkdir()
+        yield temporary
+        record = {"progress": asdict(progress), "fingerprint": fingerprint(config), "versions": versions()}
+        (temporary / _DRIVER_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        for old in self._complete()[: -config.checkpoint.keep]:
+            shutil.rmtree(old)
+
+    def _complete(self) -> list[Path]:
+        """Oldest first."""
+        found = [path for path in self.checkpoints.glob("step_*") if (path / _DRIVER_FILE).is_file()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def planned_path(config: Config) -> Path:
+    """`run.run_dir`, or `<output_dir>/<name>-<stamp>`."""
+    if config.run.run_dir is not None:
+        return Path(config.run.run_dir)
+    return Path(config.run.output_dir) / f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide a run's numbers."""
+    packages = ("drpo-megatron", "torch", "megatron-core", "transformers", "ray")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def fingerprint(config: Config) -> str:
+    """Equal for configurations that are the same run: a hash of everything but what may change at a resume."""
+    fixed = {key: value for key, value in _flat(config.model_dump(mode="json")) if not _is_changeable(key)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+def _refused_changes(saved: Config, config: Config) -> list[str]:
+    before, after = (dict(_flat(c.model_dump(mode="json"))) for c in (saved, config))
+    keys = [key for key in before | after if not _is_changeable(key) and before.get(key) != after.get(key)]
+    return [f"{key}={after.get(key)} (the run has {before.get(key)})" for key in keys]
+
+
+def _is_changeable(key: str) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in CHANGEABLE)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif f"{prefix}{name}" != "run.run_dir":  # It says where the run was made, not what it computes.
+            yield f"{prefix}{name}", value

@@ -1,0 +1,204 @@
+"""Calls to the processes of a run, and what happens when one of them fails.
+
+Every call waits for all its answers and fails at once when any process of the run raises or dies, busy or idle. A
+rank that dies makes its peers raise connection errors, often before its own death is known, so an error that may be
+another's fault waits a few seconds for a death to take the blame.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from drpo_megatron.orchestration.actors import Place
+from drpo_megatron.types import Completion, Prompt
+
+if TYPE_CHECKING:
+    from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
+
+_POLL_S = 1.0
+_GRACE_S = 8.0
+"""How long a connection error waits for the news that another process died."""
+_LOG_LINES = 15
+
+
+class ProcessFailure(RuntimeError):
+    """A process of the run raised, died or did not answer. The message is for the user, log included."""
+
+
+@dataclass(eq=False)
+class Process:
+    """One actor, and what an error has to say of it."""
+
+    name: str
+    """`trainer rank 0`, `engine 1`, `rewards`."""
+    actor: Any
+    log_file: Path
+    place: Place | None = None
+    ping: Any = None
+    """The answer awaited to the last question whether it lives. Comes as an error when the process dies."""
+
+    def describe(self, what: str) -> str:
+        where = f" (host {self.place.host}, pid {self.place.pid})" if self.place else ""
+        lines = [f"{self.name}{where} {what}", f"  log: {self.log_file}"]
+        lines += [f"  | {line}" for line in _tail(self.log_file)]
+        return "\n".join(lines)
+
+
+Call = tuple[Process, Any]
+"""A process and the ray.ObjectRef of its answer."""
+
+
+@dataclass
+class Supervisor:
+    """Knows every process of the run, so that no wait outlives any of them."""
+
+    processes: list[Process] = field(default_factory=list)
+
+    def wait(self, calls: Sequence[Call], timeout_s: float | None = None) -> list[Any]:
+        """The answers in order. Raises ProcessFailure that names the process at fault."""
+        deadline = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
+        pending = {ref: process for process, ref in calls}
+        while pending:
+            done, _ = ray.wait(list(pending), timeout=_POLL_S)
+            failures = [failure for ref in done if (failure := _failure(pending.pop(ref), ref))]
+            failures = failures or ([] if done else self._failed_meanwhile(pending))
+            if failures:
+                raise ProcessFailure(self._blame(failures, pending))
+            if time.monotonic() > deadline:
+                raise ProcessFailure("\n".join(_silent(process, timeout_s) for process in pending.values()))
+        return ray.get([ref for _, ref in calls])
+
+    def _failed_meanwhile(self, pending: dict[Any, Process]) -> list[Failure]:
+        """Failures among the other processes of the run, by pinging those that are idle."""
+        failures = []
+        for process in self.processes:
+            if process.ping is not None and ray.wait([process.ping], timeout=0)[0]:
+                if failure := _failure(process, process.ping):
+                    failures.append(failure)
+                process.ping = None
+            if process.ping is None:
+                process.ping = process.actor.is_alive.remote()
+        return failures
+
+    def _blame(self, failures: list[Failure], pending: dict[Any, Process]) -> str:
+        deadline = time.monotonic() + _GRACE_S
+        while all(failure.may_be_anothers for failure in failures) and time.monotonic() < deadline:
+            done, _ = ray.wait(list(pending), timeout=0.2) if pending else (time.sleep(0.2), None)
+            failures += [failure for ref in done or () if (failure := _failure(pending.pop(ref), ref))]
+            failures += self._failed_meanwhile(pending)
+        culprits = [f for f in failures if f.is_death] or [f for f in failures if not f.may_be_anothers] or failures
+        return culprits[0].text
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    process: Process
+    error: RayError
+
+    @property
+    def is_death(self) -> bool:
+        return isinstance(self.error, RayActorError)
+
+    @property
+    def may_be_anothers(self) -> bool:
+        """torch.distributed raises RuntimeErrors for a lost peer; Ray's own come when the actor called is gone."""
+        return isinstance(self.error, RayTaskError) and isinstance(self.error.cause, RuntimeError | RayError)
+
+    @property
+    def text(self) -> str:
+        if self.is_death:
+            return self.process.describe(f"died: {_death_cause(str(self.error))}")
+        cause = self.error.cause if isinstance(self.error, RayTaskError) else self.error
+        return self.process.describe(f"failed: {type(cause).__name__}: {cause}")
+
+
+@dataclass
+class ActorGroup:
+    """Processes that do the same kind of work."""
+
+    processes: list[Process]
+    supervisor: Supervisor
+
+    def __len__(self) -> int:
+        return len(self.processes)
+
+    @property
+    def actors(self) -> list[Any]:
+        return [process.actor for process in self.processes]
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """`method(*args)` on all of them at once. Large arguments travel once, through the object store."""
+        shared = [ray.put(arg) if isinstance(arg, list | tuple | dict) else arg for arg in args]
+        return self.each(method, [tuple(shared)] * len(self.processes))
+
+    def each(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """`method(*args[i])` on the i-th process."""
+        calls = [(p, getattr(p.actor, method).remote(*a)) for p, a in zip(self.processes, args, strict=True)]
+        return self.supervisor.wait(calls)
+
+
+class EngineGroup(ActorGroup):
+    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]:
+        """Completions in the order of the requests. Every engine gets each n-th: equal shares of every prompt."""
+        n = len(self)
+        completions: list[Any] = [None] * len(requests)
+        for i, part in enumerate(self.each("generate", [(requests[i::n], params) for i in range(n)])):
+            completions[i::n] = part
+        return completions
+
+
+class RewardGroup(ActorGroup):
+    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> list[float]:
+        return self.call("score", pairs)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """All processes of a run but the driver."""
+
+    ranks: ActorGroup
+    engines: EngineGroup
+    rewards: RewardGroup
+
+    def peak_rss_mb(self) -> dict[str, float]:
+        groups = (self.ranks, self.engines, self.rewards)
+        return {
+            process.log_file.stem: megabytes
+            for group in groups
+            for process, megabytes in zip(group.processes, group.call("peak_rss_mb"), strict=True)
+        }
+
+
+def _failure(process: Process, ref: Any) -> Failure | None:
+    try:
+        ray.get(ref)
+    except RayError as error:
+        return Failure(process, error)
+    return None
+
+
+def _silent(process: Process, timeout_s: float | None) -> str:
+    return process.describe(f"did not answer within {timeout_s:g} s")
+
+
+def _death_cause(text: str) -> str:
+    """Ray's report of a death, in one sentence."""
+    if "running low on memory" in text:
+        return "Ray ended it because its machine ran out of memory"
+    if "node has died" in text or "node was terminated" in text:
+        return "its machine left the Ray cluster"
+    return "the process ended without a Python exception: killed (SIGKILL, out of memory) or crashed in native code"
+
+
+def _tail(log_file: Path) -> list[str]:
+    try:
+        return log_file.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+    except OSError:
+        return ["(no log file yet)"]
