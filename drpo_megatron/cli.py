@@ -76,20 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"drpo-megatron {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser(
-        "train",
-        help="train a policy, or continue a run",
-        description=_TRAIN_HELP,
-        formatter_class=raw,
-        allow_abbrev=False,
-    )
+    train = commands.add_parser("train", help="train a policy, or continue a run", description=_TRAIN_HELP, **style)
     train.add_argument("arguments", nargs="*", metavar="FILE KEY=VALUE", help="the run's YAML file, then overrides")
     train.add_argument("--dry-run", action="store_true", help="check everything, print config and plan, start nothing")
     train.add_argument("--resume", metavar="RUN_DIR", type=Path, help="continue this run after its newest checkpoint")
     train.add_argument("--help-config", action="store_true", help="explain every key of the YAML file")
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("eval", help="score a trained model", **style, description=_EVAL_HELP)
+    evaluate = commands.add_parser("eval", help="score a trained model", description=_EVAL_HELP, **style)
     evaluate.add_argument("model", metavar="RUN_OR_HF_DIR", type=Path, help="run directory or Hugging Face checkpoint")
     evaluate.add_argument("--prompts", metavar="FILE", help="JSONL of problems; default: the run's held-out file")
     evaluate.add_argument("--samples", type=_positive(int), metavar="N", help="answers a problem; default: the run's")

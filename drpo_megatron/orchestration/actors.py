@@ -170,5 +170,5 @@ class RewardActor(ProcessActor):
 
         self.scorer = RewardScorer(config.reward)
 
-    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> list[float]:
+    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> tuple[list[float], dict[str, int]]:
         return self.scorer.score(pairs)

@@ -69,6 +69,8 @@ class Loop:
         self.params = SamplingParams(config.rollout.max_response_tokens, config.rollout.temperature)
         self.policy_version = 0
         self.num_tokens = {"generate": 0, "train": 0}
+        self.reward_failures = 0
+        """Rewards that timed out or raised so far, and counted as 0."""
         self.accuracy: dict[int, float] = {}
         """Held-out accuracy by step, where it was measured."""
 
@@ -84,7 +86,7 @@ class Loop:
         self.publish()
         if self.is_due(self.config.eval.every, step):
             metrics |= self.evaluate(step)
-        metrics |= report.metrics
+        metrics |= report.metrics | {"reward/failures/sum": self.reward_failures}
         self.metrics.log(step, metrics | self.timings(metrics["rollout/num_tokens"], report.num_tokens))
         if self.is_due(self.config.checkpoint.every, step):
             self.save(step)
@@ -111,7 +113,9 @@ class Loop:
             requests = make_requests(prompts, size, seed=self.config.run.seed, step=step)
             completions = self.workers.engines.generate(requests, self.params)
         with self.clock.phase("reward"):
-            rewards = self.workers.rewards.score([(prompts[i // size], c) for i, c in enumerate(completions)])
+            pairs = [(prompts[i // size], completion) for i, completion in enumerate(completions)]
+            rewards, failures = self.workers.rewards.score(pairs)
+        self.reward_failures += sum(failures.values())
         self.num_tokens["generate"] += sum(len(completion.token_ids) for completion in completions)
         spans = [slice(start, start + size) for start in range(0, len(completions), size)]
         return [

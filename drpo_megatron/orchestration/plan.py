@@ -29,7 +29,7 @@ def plan_lines(config: Config, inputs: Inputs, directory: Path) -> list[str]:
         f"{num_sequences} sequences, trained in {num_updates} optimiser step(s) of {num_sequences // num_updates}",
         "in all": f"{config.run.num_steps} steps, {config.run.num_steps * num_updates} optimiser steps, "
         f"{config.run.num_steps * num_sequences} sequences",
-        "micro-batch": f"at most {trainer.max_tokens_per_micro_batch} tokens a rank; the longest sequence has {longest}",
+        "micro-batch": f"at most {trainer.max_tokens_per_micro_batch} tokens a rank; longest sequence {longest}",
         "checkpoints": (f"every {saving.every} steps and " if saving.every else "") + f"at the end; {saving.keep} kept",
         "files": f"{directory}: {', '.join(files)}",
     }

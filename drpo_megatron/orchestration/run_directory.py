@@ -99,6 +99,9 @@ class RunDirectory:
     def save_config(self, config: Config) -> None:
         save_config(config, self.config_file)
 
+    def has_checkpoint(self) -> bool:
+        return bool(self._complete())
+
     def latest_checkpoint(self, config: Config) -> tuple[Path, Progress] | None:
         """The newest complete checkpoint; None when there is none. ValueError when it belongs to another config."""
         for path in reversed(self._complete()):

@@ -155,7 +155,8 @@ class EngineGroup(ActorGroup):
 
 
 class RewardGroup(ActorGroup):
-    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> list[float]:
+    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> tuple[list[float], dict[str, int]]:
+        """Rewards in order, and how many of them timed out or failed (those are 0)."""
         return self.call("score", pairs)[0]
 
 
