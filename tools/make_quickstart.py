@@ -3,7 +3,7 @@
     OUT/model/           config.json, model.safetensors (FP32, random), tokenizer with a chat template
     OUT/train.jsonl      {"id", "prompt": "3+8+5=", "answer": "16"}: 800 of the 1000 ordered triples of digits
     OUT/heldout.jsonl    the other 200
-    OUT/warmup.jsonl     train prompts with a careless "response": about half of them are near the answer, but wrong
+    OUT/warmup.jsonl     train prompts with a careless "response": about half of them are off by one
     OUT/manifest.json    what it was made with; written last, so a directory with it is complete
 
 The same seed makes the same files. A complete directory of the same recipe is left alone.
@@ -56,7 +56,7 @@ MODEL = dict(
 NUM_HELDOUT = 200
 DEMONSTRATIONS_PER_PROBLEM = 16
 SHARE_WRONG = 0.5
-WRONG_BY = (-3, -2, -1, 1, 2, 3)
+"""Of the demonstrations. A wrong one is one off, either way: the right answer stays the most likely one."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -107,7 +107,7 @@ def make_problems(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]
         for line in rng.sample(train, len(train)):
             response = int(line["answer"])
             if rng.random() < SHARE_WRONG:
-                response = rng.choice([response + by for by in WRONG_BY if response + by >= 0])
+                response += rng.choice([-1, 1]) if response else 1
             warmup.append(line | {"id": f"{line['id']}-demo-{round_}", "response": str(response)})
     return train, heldout, warmup
 
@@ -121,7 +121,7 @@ def recipe(seed: int) -> dict[str, Any]:
         "num_heldout": NUM_HELDOUT,
         "demonstrations_per_problem": DEMONSTRATIONS_PER_PROBLEM,
         "share_wrong": SHARE_WRONG,
-        "wrong_by": list(WRONG_BY),
+        "wrong_by": 1,
     }
 
 

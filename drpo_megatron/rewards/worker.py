@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 from multiprocessing.connection import Connection
-from typing import Any
 
 from drpo_megatron.rewards.base import RewardTimeout
 from drpo_megatron.rewards.imported import load_function
@@ -12,78 +11,94 @@ from drpo_megatron.types import Prompt
 
 _STARTUP_S = 120.0
 """Importing the function's module may take long; it is not part of any response's time."""
+_GRACE_S = 0.1
+"""How long a process that closed its pipe may take to end by itself, so that its own exit code is known."""
 
 
 class WorkerReward:
     """The function at `package.module:function`, one call at a time in a worker process.
 
-    A call that exceeds `timeout_s` raises RewardTimeout, and its worker is killed and replaced; a worker that dies
-    (os.exit, out of memory) is replaced, too, and its call raises RuntimeError. The first worker starts at once, so a
-    wrong path is a ValueError here and not in the middle of a run. Exceptions of the function are raised to the caller.
+    A call that exceeds `timeout_s` raises RewardTimeout; its worker is killed. A worker that dies (os._exit, out of
+    memory) makes its call raise RuntimeError. Either is replaced at the next call. The first worker starts at once, so
+    that a wrong path is a ValueError here and not in the middle of a run. What the function raises, a call raises as
+    RuntimeError.
     """
 
     def __init__(self, path: str, timeout_s: float) -> None:
         self._path, self._timeout_s = path, timeout_s
-        self._start()
+        self._worker: _Worker | None = _Worker(path)
 
     def __call__(self, response: str, answer: str, prompt: Prompt) -> float:
-        if self._process is None:
-            self._start()
-        self._connection.send((response, answer, prompt))
-        if not self._connection.poll(self._timeout_s):
-            self.close()
-            raise RewardTimeout(f"{self._path} took longer than timeout_s={self._timeout_s:g}")
-        return self._receive()
+        if self._worker is None:
+            self._worker = _Worker(self._path)
+        try:
+            return self._worker.ask((response, answer, prompt), self._timeout_s)
+        except (TimeoutError, EOFError, BrokenPipeError, ConnectionResetError) as error:
+            exit_code = self._worker.kill()
+            self._worker = None
+            if isinstance(error, TimeoutError):
+                raise RewardTimeout(f"{self._path} took longer than timeout_s={self._timeout_s:g}") from None
+            raise RuntimeError(f"the worker of {self._path} died with exit code {exit_code}") from error
 
     def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._connection.close()
-            self._process = None
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
 
-    def _start(self) -> None:
+
+class _Worker:
+    """The process and this end of its pipe."""
+
+    def __init__(self, path: str) -> None:
         # Spawned, not forked: the parent may hold threads (Ray, torch), whose locks a fork would copy as they stand.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process: Any = context.Process(target=_serve, args=(theirs, self._path), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, path), daemon=True)
         self._process.start()
         theirs.close()
-        if not self._connection.poll(_STARTUP_S):
-            self.close()
-            raise RewardTimeout(f"{self._path} could not be imported within {_STARTUP_S:g} s")
         try:
-            self._receive()
-        except ValueError:
-            self.close()
-            raise
-
-    def _receive(self) -> Any:
-        try:
-            value, error = self._connection.recv()
+            if not self._connection.poll(_STARTUP_S):
+                raise ValueError(f"reward path={path!r} could not be imported within {_STARTUP_S:g} s")
+            problem = self._connection.recv()
         except EOFError:
-            exit_code = self._process.join(1.0) or self._process.exitcode
-            self.close()
-            raise RuntimeError(f"the worker of {self._path} died with exit code {exit_code}") from None
-        if error is not None:
-            raise error
-        return value
+            problem = f"reward path={path!r}: importing it ended the process"
+        if problem is not None:
+            self.kill()
+            raise ValueError(problem)
+
+    def ask(self, arguments: tuple[str, str, Prompt], timeout_s: float) -> float:
+        self._connection.send(arguments)
+        if not self._connection.poll(timeout_s):
+            raise TimeoutError
+        reward, problem = self._connection.recv()
+        if problem is not None:
+            raise RuntimeError(problem)
+        return reward
+
+    def kill(self) -> int | None:
+        """The exit code: the process's own if it had ended before."""
+        self._process.join(_GRACE_S)
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+        return self._process.exitcode
 
 
 def _serve(connection: Connection, path: str) -> None:
+    """Answer None or a problem once the function is imported, then (reward, problem) to every call."""
     try:
         function = load_function(path)
     except ValueError as error:
-        connection.send((None, ValueError(str(error))))
+        connection.send(str(error))
         return
-    connection.send((None, None))
+    connection.send(None)
     while True:
         try:
             arguments = connection.recv()
         except EOFError:
             return
         try:
-            answer = (float(function(*arguments)), None)
-        except Exception as error:  # The function is the user's; whatever it raises is reported by the caller.
-            answer = (None, RuntimeError(f"{type(error).__name__}: {error}"))
-        connection.send(answer)
+            reward, problem = float(function(*arguments)), None
+        except Exception as error:  # The function is the user's; whatever it raises, the caller reports.
+            reward, problem = 0.0, f"{type(error).__name__}: {error}"
+        connection.send((reward, problem))
