@@ -57,9 +57,9 @@ class _Worker:
         self._process.start()
         theirs.close()
         try:
-            if not self._connection.poll(_STARTUP_S):
-                raise ValueError(f"reward path={path!r} could not be imported within {_STARTUP_S:g} s")
-            problem = self._connection.recv()
+            in_time = self._connection.poll(_STARTUP_S)
+            late = f"reward path={path!r} could not be imported within {_STARTUP_S:g} s"
+            problem = self._connection.recv() if in_time else late
         except EOFError:
             problem = f"reward path={path!r}: importing it ended the process"
         if problem is not None:
