@@ -286,6 +286,13 @@ def _fix_optimizer(module: Any) -> None:
     module.USING_PYTORCH_OPTIMIZER = False
 
 
+def _fix_distrib_optimizer(module: Any) -> None:
+    """distrib_optimizer.py:515 accepts the Adam classes it knows, and :647 treats torch's as one without a group step."""
+    from drpo_megatron.trainer.adam import Adam
+
+    module.Adam = Adam
+
+
 def _fix_filesystem_async(module: Any) -> None:
     """strategies/filesystem_async.py:55,266 start a Manager process and forked writers on every rank: a killed rank
     leaves them behind, and forking a process full of gloo threads can hang. Here the rank itself writes its files."""
@@ -317,6 +324,7 @@ _FIXES = {
     "megatron.core.transformer.moe.moe_utils": _fix_moe_utils,
     "megatron.core.tensor_parallel.mappings": _fix_mappings,
     "megatron.core.optimizer": _fix_optimizer,
+    "megatron.core.optimizer.distrib_optimizer": _fix_distrib_optimizer,
 }
 
 
