@@ -1,0 +1,116 @@
+"""What is drawn, what is trained on, and what a rollout is after a trip through a file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from drpo_megatron.rollout.buffer import RolloutBuffer
+from drpo_megatron.rollout.dump import read_rollout, write_rollout
+from drpo_megatron.rollout.sampler import make_requests, to_samples
+from drpo_megatron.types import Completion, Prompt, RolloutGroup
+
+PROMPTS = [Prompt("a", (1, 2), "3", "1+2="), Prompt("b", (4,), "4", metadata={"level": 2})]
+
+
+def group(prompt: Prompt, rewards: tuple[float, ...], versions: tuple[int, ...] | None = None) -> RolloutGroup:
+    # 0.1 + 0.2 and 1/3 have no short decimal form.
+    completions = tuple(
+        Completion((5, i), (-(0.1 + 0.2), -1 / 3), "stop", f"5 {i}", version)
+        for i, version in enumerate(versions or (0,) * len(rewards))
+    )
+    return RolloutGroup(prompt, completions, rewards)
+
+
+def test_every_request_has_a_seed_of_its_own_that_does_not_depend_on_the_order() -> None:
+    requests = make_requests(PROMPTS, 4, step=3, seed=0)
+    assert [r.request_id for r in requests] == [f"{p}/{i}" for p in "ab" for i in range(4)]
+    assert [r.prompt_ids for r in requests] == [(1, 2)] * 4 + [(4,)] * 4
+    seeds = {r.request_id: r.seed for r in requests}
+    assert {r.request_id: r.seed for r in make_requests(PROMPTS[::-1], 4, step=3, seed=0)} == seeds
+    others = make_requests(PROMPTS, 4, step=4, seed=0) + make_requests(PROMPTS, 4, step=3, seed=1)
+    assert len({*seeds.values(), *(r.seed for r in others)}) == 24
+    assert all(0 <= seed < 2**63 for seed in seeds.values())
+
+
+def test_request_seeds_are_equal_in_another_process() -> None:
+    code = (
+        "from drpo_megatron.rollout.sampler import make_requests; from drpo_megatron.types import Prompt;"
+        "print(make_requests([Prompt('a', (1,), '')], 1, step=2, seed=7)[0].seed)"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(other.stdout) == make_requests([Prompt("a", (1,), "")], 1, step=2, seed=7)[0].seed
+
+
+def test_samples_carry_their_groups_centred_rewards() -> None:
+    samples = to_samples(
+        [group(PROMPTS[0], (1.0, 0.0, 0.0, 1.0), (6, 6, 7, 7)), group(PROMPTS[1], (1.0,) * 4)], "group_mean"
+    )
+    assert [s.advantage for s in samples] == [0.5, -0.5, -0.5, 0.5, 0, 0, 0, 0]
+    third = samples[2]
+    assert (third.sample_id, third.prompt_ids, third.response_ids) == ("a/2", (1, 2), (5, 2))
+    assert (third.behavior_logprobs, third.policy_version) == ((-(0.1 + 0.2), -1 / 3), 7)
+
+
+def test_an_empty_completion_counts_in_its_group_but_is_not_trained() -> None:
+    empty = Completion((), (), "abort", "", 0)
+    full = group(PROMPTS[0], (1.0,)).completions[0]
+    (sample,) = to_samples([RolloutGroup(PROMPTS[0], (empty, full), (0.0, 1.0))], "group_mean")
+    assert (sample.sample_id, sample.advantage) == ("a/1", 0.5)
+
+
+def test_two_groups_of_one_prompt_are_refused() -> None:
+    with pytest.raises(ValueError, match="prompt a has two groups"):
+        to_samples([group(PROMPTS[0], (1.0, 0.0))] * 2, "group_mean")
+
+
+def test_a_rollout_file_gives_back_the_same_bits(tmp_path: Path) -> None:
+    groups = [group(PROMPTS[0], (1 / 3, 0.0)), group(PROMPTS[1], (1e-300, 2.0))]
+    write_rollout(tmp_path / "rollout.jsonl", 12, groups)
+    assert read_rollout(tmp_path / "rollout.jsonl") == (12, groups)
+    assert [p.name for p in tmp_path.iterdir()] == ["rollout.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"id": "a"}'], "line 1 is not the head of a rollout file"),
+        (['{"step": 1}', '{"prompt": {}}'], "line 2 is not a rollout group: 'completions'"),
+    ],
+)
+def test_another_file_is_no_rollout(tmp_path: Path, lines: list[str], message: str) -> None:
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message):
+        read_rollout(tmp_path / "x.jsonl")
+
+
+def test_the_buffer_is_first_in_first_out_and_waits_until_there_are_enough() -> None:
+    buffer = RolloutBuffer(max_staleness=0)
+    first, second = group(PROMPTS[0], (1.0, 0.0)), group(PROMPTS[1], (1.0, 0.0))
+    buffer.put([first])
+    assert buffer.take(2, policy_version=0) == []
+    buffer.put([second])
+    assert buffer.take(1, policy_version=0) == [first]
+    assert (buffer.take(1, policy_version=0), len(buffer), buffer.num_dropped) == ([second], 0, 0)
+
+
+def test_the_buffer_drops_what_its_oldest_completion_makes_too_stale() -> None:
+    buffer = RolloutBuffer(max_staleness=1)
+    stale, fresh = group(PROMPTS[0], (1.0, 0.0), (3, 5)), group(PROMPTS[1], (1.0, 0.0), (4, 5))
+    buffer.put([stale, fresh])
+    assert buffer.take(1, policy_version=5) == [fresh]
+    assert buffer.num_dropped == 1
+
+
+def test_the_buffer_comes_back_from_json() -> None:
+    buffer = RolloutBuffer(max_staleness=0)
+    buffer.put([group(PROMPTS[0], (1 / 3, 0.0))])
+    buffer.num_dropped = 4
+    other = RolloutBuffer(max_staleness=0)
+    other.load_state_dict(json.loads(json.dumps(buffer.state_dict())))
+    assert other.num_dropped == 4
+    assert other.take(1, policy_version=0) == [group(PROMPTS[0], (1 / 3, 0.0))]
