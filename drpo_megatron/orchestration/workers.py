@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,8 @@ class Supervisor:
             failures += [failure for ref in done or () if (failure := _failure(pending.pop(ref), ref))]
             failures += self._failed_meanwhile(pending)
         culprits = [f for f in failures if f.is_death] or [f for f in failures if not f.may_be_anothers] or failures
+        for failure in failures:
+            failure.write_traceback()
         return culprits[0].text
 
 
@@ -110,6 +113,12 @@ class Failure:
     def may_be_anothers(self) -> bool:
         """torch.distributed raises RuntimeErrors for a lost peer; Ray's own come when the actor called is gone."""
         return isinstance(self.error, RayTaskError) and isinstance(self.error.cause, RuntimeError | RayError)
+
+    def write_traceback(self) -> None:
+        """Into the process's own log: Ray brings it to the driver only."""
+        if isinstance(self.error, RayTaskError):
+            with suppress(OSError), self.process.log_file.open("a") as log:
+                log.write(f"{str(self.error).rstrip()}\n")
 
     @property
     def text(self) -> str:

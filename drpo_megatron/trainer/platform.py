@@ -287,10 +287,12 @@ def _fix_optimizer(module: Any) -> None:
 
 
 def _fix_distrib_optimizer(module: Any) -> None:
-    """distrib_optimizer.py:515 accepts the Adam classes it knows, and :647 treats torch's as one without a group step."""
+    """distrib_optimizer.py:515 accepts the Adam classes it knows; :639,817 take what isn't Transformer Engine's or apex's
+    for torch's, with a step in every parameter. Ours keeps it in the group, as Transformer Engine's does."""
     from drpo_megatron.trainer.adam import Adam
 
     module.Adam = Adam
+    module.HAVE_APEX_OR_TE = module.USING_TE_OPTIMIZER = True
 
 
 def _fix_filesystem_async(module: Any) -> None:

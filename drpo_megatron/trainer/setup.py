@@ -256,7 +256,10 @@ def build_optimizer(section: OptimizerSection, chunks: list[Any], layout: Layout
         use_distributed_optimizer=section.distributed,
     )
     with platforms.optimizer_scope():
-        return get_megatron_optimizer(optimizer_config, chunks)
+        optimizer = get_megatron_optimizer(optimizer_config, chunks)
+        for part in optimizer.chained_optimizers:  # Else the moments are missing from a checkpoint before the first step.
+            part.init_state_fn(part.optimizer, part.config)
+    return optimizer
 
 
 def build_schedule(section: OptimizerSection, optimizer: Any, total_steps: int) -> Any:
