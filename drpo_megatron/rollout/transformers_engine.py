@@ -1,0 +1,202 @@
+"""The embedded rollout engine: a transformers model in this process, decoded batch by batch.
+
+The decode loop is ours rather than `generate`, for three things that `generate` does not give together: the log-prob of
+every draw without keeping [B, T, V] logits, draws that depend on the request's own seed and not on its neighbours in
+the batch, and finished rows that leave the batch (and its KV cache) at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from drpo_megatron.checkpoint.hf import tensor_checksum
+from drpo_megatron.config.sections import TransformersEngineSection
+from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
+from drpo_megatron.types import Completion
+
+
+class TransformersEngine:
+    """A RolloutEngine (see engine.py) over a local Hugging Face checkpoint, in FP32."""
+
+    def __init__(self, hf_path: str, config: TransformersEngineSection, device: str = "cpu") -> None:
+        torch.set_num_threads(config.num_threads)
+        self.config = config
+        self.device = torch.device(device)
+        self.tokenizer = AutoTokenizer.from_pretrained(hf_path, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            hf_path, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+        )
+        self.model = model.to(self.device).eval()
+        self.stop_ids = _stop_ids(self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
+        self.context_length = self.model.config.max_position_embeddings
+        self.slots = _slots(self.model)
+        self.policy_version = 0
+
+    # --- generation ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]:
+        """Completions in the order of the requests. ValueError for a prompt that leaves no room in the context."""
+        for request in requests:
+            if len(request.prompt_ids) + params.max_response_tokens > self.context_length:
+                raise ValueError(
+                    f"{request.request_id}: {len(request.prompt_ids)} prompt tokens + {params.max_response_tokens} response "
+                    f"tokens exceed the model's context of {self.context_length}"
+                )
+        done: dict[int, Completion] = {}
+        for batch in self._batches(requests, params):
+            done |= zip(batch, self._decode([requests[i] for i in batch], params), strict=True)
+        return [done[i] for i in range(len(requests))]
+
+    def _batches(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[list[int]]:
+        """Requests sorted by length, so that little is padding, cut where a batch would exceed max_batch_tokens."""
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        batches: list[list[int]] = []
+        for index in order:
+            longest = len(requests[index].prompt_ids) + params.max_response_tokens
+            if not batches or longest * (len(batches[-1]) + 1) > self.config.max_batch_tokens:
+                batches.append([])
+            batches[-1].append(index)
+        return batches
+
+    def _decode(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]:
+        """One batch. Prompts are padded on the left; rows that stop leave the batch and its cache."""
+        width = max(len(request.prompt_ids) for request in requests)
+        tokens = torch.zeros(len(requests), width, dtype=torch.long)
+        attention = torch.zeros(len(requests), width, dtype=torch.long)
+        for row, request in enumerate(requests):
+            tokens[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+            attention[row, width - len(request.prompt_ids) :] = 1
+        uniforms = torch.from_numpy(
+            np.stack([np.random.Generator(np.random.Philox(r.seed)).random(params.max_response_tokens) for r in requests])
+        )
+        tokens, attention, uniforms = (x.to(self.device) for x in (tokens, attention, uniforms))
+        stop = torch.tensor(sorted(self.stop_ids), device=self.device)
+        positions = (attention.cumsum(1) - 1).clamp(min=0)
+        rows = torch.arange(len(requests), device=self.device)
+        drawn: list[list[int]] = [[] for _ in requests]
+        logprobs: list[list[float]] = [[] for _ in requests]
+        stopped = [False] * len(requests)
+        cache = DynamicCache(config=self.model.config)
+        for step in range(params.max_response_tokens):
+            logits = self.model(
+                input_ids=tokens, attention_mask=attention, position_ids=positions, past_key_values=cache, logits_to_keep=1
+            ).logits[:, -1]
+            chosen, chosen_logprobs = sample(logits, uniforms[:, step], params)
+            is_stop = torch.isin(chosen, stop)
+            for row, token, logprob, ends in zip(
+                rows.tolist(), chosen.tolist(), chosen_logprobs.tolist(), is_stop.tolist(), strict=True
+            ):
+                drawn[row].append(token)
+                logprobs[row].append(logprob)
+                stopped[row] = ends
+            keep = (~is_stop).nonzero().squeeze(1)
+            if not len(keep):
+                break
+            if len(keep) < len(rows):
+                cache.batch_select_indices(keep)
+                rows, attention, uniforms, positions, chosen = (x[keep] for x in (rows, attention, uniforms, positions, chosen))
+            tokens = chosen[:, None]
+            positions = positions[:, -1:] + 1
+            attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)
+        return [
+            Completion(
+                token_ids=tuple(drawn[row]),
+                logprobs=tuple(logprobs[row]),
+                finish_reason="stop" if stopped[row] else "length",
+                text=self.tokenizer.decode(drawn[row], skip_special_tokens=True),
+                policy_version=self.policy_version,
+            )
+            for row in range(len(requests))
+        ]
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy tensors, named as in the checkpoint, into the model. ValueError for unknown names and wrong shapes."""
+        for name, tensor in named_tensors:
+            slot = self.slots.get(name)
+            if slot is None:
+                raise ValueError(f"the engine's model has no tensor {name}")
+            if slot.shape != tensor.shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; the engine's model needs {tuple(slot.shape)}")
+            slot.copy_(tensor)
+
+    def finish_update(self, policy_version: int, expected_checksums: dict[str, str]) -> None:
+        """Publish `policy_version` if the model holds exactly the expected tensors; ValueError names those that differ."""
+        present = {name: tensor_checksum(slot) for name, slot in self.slots.items()}
+        missing = sorted(present.keys() - expected_checksums.keys())
+        unknown = sorted(expected_checksums.keys() - present.keys())
+        different = sorted(n for n, checksum in present.items() if expected_checksums.get(n, checksum) != checksum)
+        problems = [
+            f"{what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+            for what, names in (("not sent", missing), ("unknown", unknown), ("different", different))
+            if names
+        ]
+        if problems:
+            raise ValueError(f"weights of policy version {policy_version} are not what the trainer sent; " + "; ".join(problems))
+        self.policy_version = policy_version
+
+
+def sample(logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token a row by inverse CDF, and its log-prob under the distribution drawn from.
+
+    Args:
+        logits: [B, V]. uniforms: [B] FP64 in [0, 1).
+
+    Returns:
+        Tokens [B] int64 and natural log-probs [B] FP32: of softmax(logits / T), renormalised over the tokens that top-k
+        and top-p leave. Temperature 0 is greedy, with the log-prob at T = 1.
+    """
+    scaled = logits.float() / (params.temperature or 1.0)
+    if params.top_k > 0:
+        threshold = scaled.topk(min(params.top_k, scaled.shape[1]), dim=1).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < threshold, -torch.inf)
+    if params.top_p < 1.0:
+        ordered, order = scaled.softmax(1).sort(dim=1, descending=True)
+        outside = ordered.cumsum(1) - ordered >= params.top_p
+        scaled = scaled.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -torch.inf)
+    log_probs = scaled.log_softmax(1)
+    if params.temperature == 0:
+        chosen = log_probs.argmax(1)
+    else:
+        cumulative = log_probs.double().exp().cumsum(1)
+        # Scaled by the sum, so that rounding can't leave a draw beyond the last token; never a token of probability 0.
+        chosen = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True).squeeze(1)
+        chosen = chosen.clamp(max=logits.shape[1] - 1)
+    return chosen, log_probs.gather(1, chosen[:, None]).squeeze(1)
+
+
+def _stop_ids(*candidates: int | list[int] | None) -> set[int]:
+    stop: set[int] = set()
+    for candidate in candidates:
+        if candidate is not None:
+            stop |= {candidate} if isinstance(candidate, int) else set(candidate)
+    return stop
+
+
+def _slots(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Checkpoint name -> the part of the model's memory that holds it. transformers 5 keeps a layer's experts fused:
+
+    experts.gate_up_proj [E, 2 I, H] and experts.down_proj [E, H, I]; checkpoints name every expert's matrices.
+    """
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    slots: dict[str, torch.Tensor] = {}
+    for name, parameter in model.state_dict(keep_vars=True).items():
+        if name in tied:
+            continue
+        prefix = name.rsplit(".", 1)[0]
+        if name.endswith(".experts.gate_up_proj"):
+            for expert, fused in enumerate(parameter.data):
+                gate, up = fused.chunk(2)
+                slots |= {f"{prefix}.{expert}.gate_proj.weight": gate, f"{prefix}.{expert}.up_proj.weight": up}
+        elif name.endswith(".experts.down_proj"):
+            slots |= {f"{prefix}.{expert}.down_proj.weight": down for expert, down in enumerate(parameter.data)}
+        else:
+            slots[name] = parameter.data
+    return slots
