@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from multiprocessing.connection import Connection
 
 from drpo_megatron.rewards.base import RewardTimeout
@@ -13,6 +14,8 @@ _STARTUP_S = 120.0
 """Importing the function's module may take long; it is not part of any response's time."""
 _GRACE_S = 0.1
 """How long a process that closed its pipe may take to end by itself, so that its own exit code is known."""
+_ORPHAN_S = 1.0
+"""How much later than the parent would the worker ends itself."""
 
 
 class WorkerReward:
@@ -26,13 +29,13 @@ class WorkerReward:
 
     def __init__(self, path: str, timeout_s: float) -> None:
         self._path, self._timeout_s = path, timeout_s
-        self._worker: _Worker | None = _Worker(path)
+        self._worker: _Worker | None = _Worker(path, timeout_s)
 
     def __call__(self, response: str, answer: str, prompt: Prompt) -> float:
         if self._worker is None:
-            self._worker = _Worker(self._path)
+            self._worker = _Worker(self._path, self._timeout_s)
         try:
-            return self._worker.ask((response, answer, prompt), self._timeout_s)
+            return self._worker.ask((response, answer, prompt))
         except (TimeoutError, EOFError, BrokenPipeError, ConnectionResetError) as error:
             exit_code = self._worker.kill()
             self._worker = None
@@ -49,11 +52,12 @@ class WorkerReward:
 class _Worker:
     """The process and this end of its pipe."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, timeout_s: float) -> None:
         # Spawned, not forked: the parent may hold threads (Ray, torch), whose locks a fork would copy as they stand.
         context = multiprocessing.get_context("spawn")
+        self._timeout_s = timeout_s
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, path), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, path, timeout_s), daemon=True)
         self._process.start()
         theirs.close()
         try:
@@ -66,9 +70,9 @@ class _Worker:
             self.kill()
             raise ValueError(problem)
 
-    def ask(self, arguments: tuple[str, str, Prompt], timeout_s: float) -> float:
+    def ask(self, arguments: tuple[str, str, Prompt]) -> float:
         self._connection.send(arguments)
-        if not self._connection.poll(timeout_s):
+        if not self._connection.poll(self._timeout_s):
             raise TimeoutError
         reward, problem = self._connection.recv()
         if problem is not None:
@@ -84,8 +88,12 @@ class _Worker:
         return self._process.exitcode
 
 
-def _serve(connection: Connection, path: str) -> None:
-    """Answer None or a problem once the function is imported, then (reward, problem) to every call."""
+def _serve(connection: Connection, path: str, timeout_s: float) -> None:
+    """Answer None or a problem once the function is imported, then (reward, problem) to every call.
+
+    Ends when the other end of the pipe does. Should the parent be killed while the function hangs, an alarm ends it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent decides.
     try:
         function = load_function(path)
     except ValueError as error:
@@ -97,8 +105,11 @@ def _serve(connection: Connection, path: str) -> None:
             arguments = connection.recv()
         except EOFError:
             return
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_S)
         try:
             reward, problem = float(function(*arguments)), None
         except Exception as error:  # The function is the user's; whatever it raises, the caller reports.
             reward, problem = 0.0, f"{type(error).__name__}: {error}"
+        signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send((reward, problem))

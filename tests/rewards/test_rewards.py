@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -129,6 +132,31 @@ def test_a_reward_that_is_not_finite_stops_the_run() -> None:
     with pytest.raises(ValueError, match="prompt p1 is nan; rewards must be finite"):
         scorer.score([(PROMPT, completion("nan"))])
     scorer.close()
+
+
+def test_a_hanging_worker_does_not_outlive_a_killed_parent() -> None:
+    code = (
+        "from drpo_megatron.rewards.worker import WorkerReward; from drpo_megatron.types import Prompt;"
+        f"r = WorkerReward({BY_LENGTH!r}, 2); p = Prompt('p', (1,), '', 'x');"
+        "print(int(r('pid', '', p)), flush=True); r('hang', '', p)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        time.sleep(0.5)
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while _is_alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _is_alive(worker)
+
+
+def _is_alive(pid: int) -> bool:
+    """Zombies, which nobody may wait for in a container, do not count."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.parametrize(
