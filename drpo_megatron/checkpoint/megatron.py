@@ -58,7 +58,7 @@ def load_checkpoint(directory: Path, chunks: Sequence[Any], optimizer: Any, sche
     state = _sharded_state(chunks, optimizer, is_loading=True)
     loaded = dist_checkpointing.load(state, str(directory))
     for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[_model_key(chunks, index)], strict=True)
+        chunk.module.load_state_dict(loaded[_model_key(chunks, index)], strict=True)
     optimizer.load_state_dict(loaded["optimizer"])
     schedule.load_state_dict(loaded["schedule"])
 
@@ -76,7 +76,7 @@ def _sharded_state(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     state: dict[str, Any] = {
-        _model_key(chunks, i): chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)
+        _model_key(chunks, i): chunk.module.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)
     }
     models = {key: value for part in list(state.values()) for key, value in part.items()} if len(chunks) == 1 else dict(state)
     state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)

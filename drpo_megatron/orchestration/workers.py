@@ -125,7 +125,7 @@ class Failure:
         if self.is_death:
             return self.process.describe(f"died: {_death_cause(str(self.error))}")
         cause = self.error.cause if isinstance(self.error, RayTaskError) else self.error
-        return self.process.describe(f"failed: {type(cause).__name__}: {cause}")
+        return self.process.describe(f"failed: {type(cause).__name__}: {_cut(str(cause), 1000)}")
 
 
 @dataclass
@@ -209,6 +209,10 @@ def _death_cause(text: str) -> str:
 
 def _tail(log_file: Path) -> list[str]:
     try:
-        return log_file.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        return [_cut(line, 200) for line in log_file.read_text(errors="replace").splitlines()[-_LOG_LINES:]]
     except OSError:
         return ["(no log file yet)"]
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]} ..."
