@@ -1,0 +1,202 @@
+"""Where a step's metrics go: the console, metrics.jsonl, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from drpo_megatron.config.sections import MetricsSection
+
+METRICS_FILE = "metrics.jsonl"
+_WANDB_ID_FILE = "wandb_id.txt"
+
+
+class Sink(Protocol):
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsLogger:
+    """Every sink that the `metrics` section asks for. `resume_step` is the step of the checkpoint a run goes on from."""
+
+    def __init__(
+        self, run_dir: Path, section: MetricsSection, total_steps: int, resume_step: int | None = None
+    ) -> None:
+        self.sinks: list[Sink] = [JsonLines(run_dir / METRICS_FILE, resume_step)]
+        wanted = section.console
+        if wanted == "auto":
+            wanted = "progress" if sys.stdout.isatty() else "plain"
+        if wanted == "progress":
+            self.sinks.append(LiveTable(total_steps, resume_step or 0))
+        elif wanted == "plain":
+            self.sinks.append(PlainLines(total_steps, resume_step or 0))
+        if section.tensorboard:
+            self.sinks.append(TensorBoard(run_dir / "tensorboard", resume_step))
+        if section.wandb.enabled:
+            self.sinks.append(WeightsAndBiases(run_dir, section))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for sink in self.sinks:
+            sink.log(step, metrics)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+class JsonLines:
+    """One JSON object a step, flushed. On resume the steps after the checkpoint's are dropped: none appears twice."""
+
+    def __init__(self, path: Path, resume_step: int | None) -> None:
+        kept = [] if resume_step is None else [row for row in read_metrics(path) if row["step"] <= resume_step]
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        scratch.replace(path)
+        self.file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        row = {"step": step} | {name: _finite(value) for name, value in metrics.items()}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that was cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+    return rows
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: an empty mean is null."""
+    return value if math.isfinite(value) else None
+
+
+def headline(metrics: dict[str, float]) -> dict[str, str]:
+    """What a person watches, as text: reward, mismatch, DRPO weight range, throughput."""
+
+    def number(name: str, form: str) -> str:
+        value = metrics.get(name)
+        return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+    return {
+        "reward": number("reward/mean", ".3f"),
+        "|pi-mu|": number("mismatch/abs_prob_shift/mean", ".1e"),
+        "w": f"{number('objective/weight/min', '.2f')}..{number('objective/weight/max', '.2f')}",
+        "entropy": number("policy/entropy/mean", ".3f"),
+        "grad": number("optim/grad_norm", ".2f"),
+        "gen tok/s": number("throughput/generate_tokens_per_s", ",.0f"),
+        "train tok/s": number("throughput/train_tokens_per_s", ",.0f"),
+    }
+
+
+class PlainLines:
+    """One line a step, for logs and CI."""
+
+    def __init__(self, total_steps: int, first_step: int) -> None:
+        self.total_steps, self.first_step = total_steps, first_step
+        self.started = time.monotonic()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        parts = [f"step {step}/{self.total_steps}"]
+        if "reward/mean" in metrics:
+            parts += [f"{name} {value}" for name, value in headline(metrics).items()]
+        if "eval/accuracy" in metrics:
+            parts.append(f"held-out {metrics['eval/accuracy']:.3f}")
+        done = step - self.first_step
+        if done > 0:
+            parts.append(f"left {(time.monotonic() - self.started) / done * (self.total_steps - step):.0f} s")
+        print("  ".join(parts), flush=True)
+
+    def close(self) -> None: ...
+
+
+class LiveTable:
+    """A progress bar with the time left, over a table of the latest step."""
+
+    def __init__(self, total_steps: int, first_step: int) -> None:
+        self.bar = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+        )
+        self.task = self.bar.add_task("training", total=total_steps, completed=first_step)
+        self.accuracy = "-"
+        self.live = Live(self.bar, console=Console(), refresh_per_second=4)
+        self.live.start()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        if "eval/accuracy" in metrics:
+            self.accuracy = f"{metrics['eval/accuracy']:.3f}"
+        cells = headline(metrics) | {"held-out": self.accuracy}
+        table = Table(*cells, box=None, pad_edge=False)
+        table.add_row(*cells.values())
+        layout = Table.grid()
+        layout.add_row(self.bar)
+        layout.add_row(table)
+        self.bar.update(self.task, completed=step)
+        self.live.update(layout)
+
+    def close(self) -> None:
+        self.live.stop()
+
+
+class TensorBoard:
+    def __init__(self, directory: Path, resume_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # Seconds to import, and most runs do without.
+
+        self.writer = SummaryWriter(str(directory), purge_step=None if resume_step is None else resume_step + 1)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """Offline by default: needs no account and no network. The run id is kept, so that a resumed run is the same run."""
+
+    def __init__(self, run_dir: Path, section: MetricsSection) -> None:
+        import wandb  # Seconds to import, and most runs do without.
+
+        id_file = run_dir / _WANDB_ID_FILE
+        known = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None
+        self.run = wandb.init(
+            project=section.wandb.project,
+            entity=section.wandb.entity,
+            mode=section.wandb.mode,
+            name=run_dir.name,
+            dir=str(run_dir),
+            id=known,
+            resume="allow" if known else None,
+        )
+        id_file.write_text(self.run.id + "\n", encoding="utf-8")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self.run.finish(quiet=True)
