@@ -35,6 +35,7 @@ examples:
 """
 _EVAL_HELP = """\
 Sample answers to held-out problems and print the share that is correct.
+A run's model is scored on its own held-out file as the run did it; options change that.
 
 examples:
   drpo-megatron eval runs/quickstart-20260101-120000
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--temperature", type=_positive(float), metavar="T", help="default: the run's, or 1")
     evaluate.add_argument("--max-response-tokens", type=_positive(int), metavar="N", help="default: the run's")
     evaluate.add_argument("--reward", metavar="NAME", help="arithmetic, math, or package.module:function")
-    evaluate.add_argument("--seed", type=int, default=0, help="of the draws; default 0")
+    evaluate.add_argument("--seed", type=int, help="of the draws; default: the run's, or 0")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     evaluate.set_defaults(run=_eval)
     return parser
@@ -201,13 +202,21 @@ def _print_summary(summary: dict[str, Any], run: RunDirectory) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
+    names = ("prompts", "samples", "temperature", "max_response_tokens", "reward", "seed")
     try:
-        from drpo_megatron.orchestration.evaluate import evaluate_model
+        from drpo_megatron.orchestration.evaluate import EvalOptions, evaluate_model
 
-        result = evaluate_model(args)
+        result = evaluate_model(args.model, EvalOptions(**{name: getattr(args, name) for name in names}))
     except (ValueError, OSError) as error:
         raise BadInput(error) from error
-    print(json.dumps(result) if args.json else result)
+    if args.json:
+        print(json.dumps({"model": str(args.model)} | result.as_dict()))
+        return
+    drawn = f"{result.num_problems} problems x {result.samples_per_prompt} samples"
+    print(f"accuracy {result.accuracy:.1%} (95 % interval {result.low:.1%} to {result.high:.1%}; {drawn})")
+    if result.samples_per_prompt > 1:
+        print(", ".join(f"pass@{k} {share:.1%}" for k, share in result.pass_at_k.items()))
+    print(f"{result.mean_response_tokens:.1f} tokens a response, {result.truncated_share:.1%} cut at the limit")
 
 
 # --- small things -------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ def publish(
     policy_version: int,
     load: Callable[[Bucket], None],
     finish: Callable[[int, dict[str, str]], None],
+    dtype: torch.dtype | None = None,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> PublishReport:
     """Send every exported tensor to the engines and publish `policy_version` there.
@@ -48,13 +49,14 @@ def publish(
         exported: (HF name, tensor) pairs, each name once.
         load: hands one bucket to all engines and returns when they have copied it.
         finish: hands them the checksum of every tensor; raises when an engine holds something else.
+        dtype: what the engines hold; tensors are cast to it before their checksums are taken. None: as exported.
         bucket_bytes: a bucket is sent as soon as it holds this much.
     Raises: ValueError for a name exported twice, and what `load` and `finish` raise; nothing is published then.
     """
     started = time.perf_counter()
     checksums: dict[str, str] = {}
     num_bytes = 0
-    for bucket in _buckets(exported, bucket_bytes):
+    for bucket in _buckets(exported, dtype, bucket_bytes):
         for name, tensor in bucket:
             if name in checksums:
                 raise ValueError(f"tensor {name} was exported twice")
@@ -66,13 +68,16 @@ def publish(
     return PublishReport(policy_version, len(checksums), num_bytes, time.perf_counter() - started)
 
 
-def _buckets(exported: Iterable[tuple[str, torch.Tensor | None]], bucket_bytes: int) -> Iterator[Bucket]:
+def _buckets(
+    exported: Iterable[tuple[str, torch.Tensor | None]], dtype: torch.dtype | None, bucket_bytes: int
+) -> Iterator[Bucket]:
     bucket: Bucket = []
     size = 0
     for name, tensor in exported:
         if tensor is None:
             continue
-        bucket.append((name, tensor.detach().cpu()))
+        tensor = tensor.detach().to("cpu", dtype)
+        bucket.append((name, tensor))
         size += tensor.nbytes
         if size >= bucket_bytes:
             yield bucket

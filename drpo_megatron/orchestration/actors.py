@@ -121,6 +121,8 @@ class TrainerRank(ProcessActor):
 
     def publish_weights(self, engines: Sequence[Any]) -> PublishReport:
         """Rank 0 puts buckets into the object store for all engines to load; the others take part in the export."""
+        import torch
+
         from drpo_megatron.weight_sync import publish
 
         def load(bucket: Bucket) -> None:
@@ -130,7 +132,11 @@ class TrainerRank(ProcessActor):
         def finish(policy_version: int, checksums: dict[str, str]) -> None:
             ray.get([engine.finish_update.remote(policy_version, checksums) for engine in engines])
 
-        return publish(self.trainer.export_weights(), self.trainer.policy_version, load, finish)
+        exported = self.trainer.export_weights()
+        report = publish(exported, self.trainer.policy_version, load, finish, dtype=torch.float32)
+        if self.rank == 0:
+            print(f"published version {report.policy_version}: {report.num_bytes} bytes in {report.seconds:.3f} s")
+        return report
 
     def write_hf(self, directory: Path, source: Path) -> None:
         """The present weights as a Hugging Face checkpoint, config and tokenizer copied from `source`."""
@@ -138,19 +144,20 @@ class TrainerRank(ProcessActor):
 
         exported = self.trainer.export_weights()
         if self.rank == 0:
-            write_hf_checkpoint(directory, exported, source)
+            write_hf_checkpoint(directory, exported, source, force=True)
         else:
             for _ in exported:
                 pass
 
 
 class EngineActor(ProcessActor):
-    """One rollout engine (`drpo_megatron.rollout.engine.RolloutEngine`)."""
+    """One rollout engine (`drpo_megatron.rollout.engine.RolloutEngine`), on a GPU if Ray gave it one."""
 
     def start(self, config: Config) -> None:
         from drpo_megatron.rollout.transformers_engine import TransformersEngine
 
-        self.engine = TransformersEngine(config.model.hf_path, config.rollout.engine)
+        device = "cuda" if ray.get_gpu_ids() else "cpu"
+        self.engine = TransformersEngine(config.model.hf_path, config.rollout.engine, device)
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]:
         return self.engine.generate(requests, params)

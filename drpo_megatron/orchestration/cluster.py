@@ -85,6 +85,8 @@ def _start(config: Config, logs: Path, say: Callable[[str], None]) -> Workers:
     say(f"starting {_count(num_ranks, 'trainer rank')}, {_count(num_engines, 'engine')} and the rewards ...")
     started, timeout_s = time.monotonic(), config.cluster.startup_timeout_s
     on_gpu = _ranks_have_gpus(config)
+    spare_gpus = int(ray.cluster_resources().get("GPU", 0)) - num_ranks
+    engines_on_gpu = on_gpu and spare_gpus >= num_engines
     supervisor = Supervisor()
 
     def launch(actor_class: type, name: str, log: str, environment: dict[str, str], num_gpus: int = 0) -> Process:
@@ -101,7 +103,10 @@ def _start(config: Config, logs: Path, say: Callable[[str], None]) -> Workers:
         for r in range(num_ranks)
     ]
     engine_environment = _environment(config.rollout.engine.num_threads)
-    engines = [launch(EngineActor, f"engine {i}", f"engine-{i}", engine_environment) for i in range(num_engines)]
+    engines = [
+        launch(EngineActor, f"engine {i}", f"engine-{i}", engine_environment, int(engines_on_gpu))
+        for i in range(num_engines)
+    ]
     rewards = launch(RewardActor, "rewards", "rewards", _environment(1))
 
     processes = [*ranks, *engines, rewards]

@@ -50,7 +50,7 @@ def read_inputs(config: Config) -> Inputs:
         )
     return Inputs(
         prompts=prompts,
-        heldout=heldout[: config.eval.max_prompts],
+        heldout=heldout,
         demonstrations=read_demonstrations(config.warmup.data, tokenizer, config) if config.warmup else [],
     )
 
