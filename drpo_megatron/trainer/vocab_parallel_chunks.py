@@ -19,6 +19,7 @@ from drpo_megatron.trainer.vocab_parallel_rows import (
     combine_over_ranks,
     empty_statistics,
     logit_gradient_,
+    new_scratch,
     update_statistics,
 )
 
@@ -115,9 +116,9 @@ def measure(head: Head, hidden: torch.Tensor, ids: torch.Tensor) -> SoftmaxRows:
     """Softmax of the rows [n, H], with log-probs of ids [n, P]. One all-gather."""
     num_rows = hidden.shape[0]
     statistics = empty_statistics(num_rows, ids.shape[1], like=hidden.new_empty(0, dtype=head.compute_dtype))
-    for rows, columns, weight, buffer in _recompute_tiles(head, num_rows):
+    for rows, columns, weight, buffer, scratch in _recompute_tiles(head, num_rows):
         logits = head.logits(hidden[rows], weight, buffer)
-        update_statistics(statistics[:, rows], logits, ids[rows] - (head.start + columns.start))
+        update_statistics(statistics[:, rows], logits, ids[rows] - (head.start + columns.start), scratch)
     return combine_over_ranks(statistics, head.group)
 
 
@@ -130,9 +131,9 @@ def recomputed_gradient(
     sums: GradientSums,
 ) -> None:
     """Gradients of rows that `measure` has seen; everything is [n]. No collective."""
-    for rows, columns, weight, buffer in _recompute_tiles(head, hidden.shape[0]):
+    for rows, columns, weight, buffer, scratch in _recompute_tiles(head, hidden.shape[0]):
         logits = head.logits(hidden[rows], weight, buffer)
-        dz = _logit_gradient(head, logits, softmax, scales, targets, rows, columns)
+        dz = _logit_gradient(head, logits, softmax, scales, targets, rows, columns, scratch)
         sums.add(rows, columns, dz, hidden[rows], weight)
 
 
@@ -147,6 +148,7 @@ def fused_gradient(
     num_rows, chunk_rows = hidden.shape[0], min(head.chunk_rows(), max(1, hidden.shape[0]))
     width = max(1, head.tile_elements // chunk_rows)
     buffer = hidden.new_empty(chunk_rows * head.weight.shape[0], dtype=head.compute_dtype)
+    scratch = new_scratch(buffer, chunk_rows * min(width, head.weight.shape[0]))
     for begin in range(0, num_rows, chunk_rows):
         rows = slice(begin, min(begin + chunk_rows, num_rows))
         chunk = hidden[rows]
@@ -154,24 +156,27 @@ def fused_gradient(
         tiles = []
         for columns, weight in head.tiles(width):
             logits = head.logits(chunk, weight, buffer[columns.start * chunk_rows :])
-            update_statistics(statistics, logits, ids[rows] - (head.start + columns.start))
+            update_statistics(statistics, logits, ids[rows] - (head.start + columns.start), scratch)
             tiles.append(logits)
         softmax = combine_over_ranks(statistics, head.group)
         scales = scales_of(rows, softmax)
         for (columns, weight), logits in zip(head.tiles(width), tiles, strict=True):
-            dz = _logit_gradient(head, logits, softmax, scales, ids[rows, 0], slice(None), columns)
+            dz = _logit_gradient(head, logits, softmax, scales, ids[rows, 0], slice(None), columns, scratch)
             sums.add(rows, columns, dz, chunk, weight)
 
 
-def _recompute_tiles(head: Head, num_rows: int) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
-    """(rows, columns, weight tile, buffer): the vocabulary outside, so that a tile of W and of dW is visited once."""
+def _recompute_tiles(
+    head: Head, num_rows: int
+) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """(rows, columns, weight tile, buffer, scratch), vocabulary outside: a tile of W and of dW is visited once."""
     tile_rows = CUDA_TILE_ROWS if head.weight.is_cuda else CPU_TILE_ROWS
     block = max(1, min(num_rows, tile_rows, head.tile_elements))
     width = max(1, head.tile_elements // block)
     buffer = head.weight.new_empty(block * min(width, max(1, head.weight.shape[0])), dtype=head.compute_dtype)
+    scratch = new_scratch(buffer, buffer.shape[0])
     for columns, weight in head.tiles(width):
         for begin in range(0, num_rows, block):
-            yield slice(begin, min(begin + block, num_rows)), columns, weight, buffer
+            yield slice(begin, min(begin + block, num_rows)), columns, weight, buffer, scratch
 
 
 def _logit_gradient(
@@ -182,6 +187,7 @@ def _logit_gradient(
     targets: torch.Tensor,
     rows: slice,
     columns: slice,
+    scratch: torch.Tensor | None,
 ) -> torch.Tensor:
     """dz of the given rows, with the temperature's 1/T already in it."""
     target_scale, entropy_scale = scales
@@ -192,6 +198,7 @@ def _logit_gradient(
         None if entropy_scale is None else entropy_scale[rows] * head.inv_temperature,
         targets[rows] - (head.start + columns.start),
         head.operand_dtype,
+        scratch,
     )
 
 

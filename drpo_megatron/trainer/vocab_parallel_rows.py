@@ -56,9 +56,17 @@ def empty_statistics(num_rows: int, num_picked: int, like: torch.Tensor) -> torc
     return statistics
 
 
-def update_statistics(statistics: torch.Tensor, logits: torch.Tensor, columns: torch.Tensor) -> None:
+def new_scratch(buffer: torch.Tensor, tile_elements: int) -> torch.Tensor | None:
+    """Room for two tiles beside the logits in `buffer`, if the torch version runs: a fresh tile costs six times the
+    arithmetic in page faults."""
+    return None if _uses_triton(buffer) else buffer.new_empty(2, tile_elements)
+
+
+def update_statistics(
+    statistics: torch.Tensor, logits: torch.Tensor, columns: torch.Tensor, scratch: torch.Tensor | None
+) -> None:
     """Merge a tile [n, C] of logits into `statistics`; `columns` [n, P] are the ids, counted from its first."""
-    tile = triton_kernels.row_statistics(logits) if _uses_triton(logits) else _row_statistics(logits)
+    tile = triton_kernels.row_statistics(logits) if scratch is None else row_statistics(logits, scratch)
     statistics[:PICKED] = _merge(torch.stack([statistics[:PICKED], tile]))
     inside = (columns >= 0) & (columns < logits.shape[1])
     picked = logits.gather(1, columns.clamp(0, logits.shape[1] - 1))
@@ -86,13 +94,14 @@ def logit_gradient_(
     entropy_scale: torch.Tensor | None,
     target_columns: torch.Tensor,
     out_dtype: torch.dtype,
+    scratch: torch.Tensor | None,
 ) -> torch.Tensor:
     """dz = target_scale (onehot - p) + entropy_scale p (log p + entropy) of a tile [n, C], formed before it is rounded.
 
     `logits` is overwritten in the torch version. target_scale is d loss / d log p(target), entropy_scale is
     -d loss / d entropy, both [n]; `target_columns` [n] counts from the tile's first column.
     """
-    if _uses_triton(logits):
+    if scratch is None:
         return triton_kernels.logit_gradient(
             logits, rows.maximum, rows.log_sum, rows.entropy, target_scale, entropy_scale, target_columns, out_dtype
         )
@@ -101,7 +110,8 @@ def logit_gradient_(
         logits.exp_().mul_((-target_scale * rows.log_sum.neg().exp())[:, None])
     else:
         logits.sub_(rows.log_sum[:, None])
-        factor = (logits + rows.entropy[:, None]).mul_(entropy_scale[:, None]).sub_(target_scale[:, None])
+        factor = torch.add(logits, rows.entropy[:, None], out=_tile(scratch[0], logits))
+        factor.mul_(entropy_scale[:, None]).sub_(target_scale[:, None])
         logits.exp_().mul_(factor)
     inside = (target_columns >= 0) & (target_columns < logits.shape[1])
     columns = target_columns.clamp(0, logits.shape[1] - 1)
@@ -113,11 +123,16 @@ def _uses_triton(logits: torch.Tensor) -> bool:
     return triton_kernels is not None and logits.is_cuda and logits.dtype == torch.float32
 
 
-def _row_statistics(logits: torch.Tensor) -> torch.Tensor:
+def row_statistics(logits: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """[3, n]: MAXIMUM, SUM_EXP and SUM_SHIFTED of the rows of a tile."""
     maximum = logits.amax(1)
-    shifted = logits - maximum[:, None]
-    exponentials = shifted.exp()
-    return torch.stack([maximum, exponentials.sum(1), torch.linalg.vecdot(exponentials, shifted)])
+    shifted = torch.sub(logits, maximum[:, None], out=_tile(scratch[0], logits))
+    exponentials = torch.exp(shifted, out=_tile(scratch[1], logits))
+    return torch.stack([maximum, exponentials.sum(1), shifted.mul_(exponentials).sum(1)])
+
+
+def _tile(flat: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return flat[: like.numel()].view_as(like)
 
 
 def _merge(parts: torch.Tensor) -> torch.Tensor:

