@@ -7,7 +7,8 @@
 Every method computes DRPO's loss and adds its gradients to buffers that exist already, as in training with Megatron.
 Methods take turns in each repeat, and times are medians over repeats, so that a noisy machine touches all alike.
 
-time    forward and backward, of the slowest rank.
+time    forward and backward, of the slowest rank: wall clock, then on a CPU the process's own CPU time, which does
+        not count what other programs on the machine take away.
 memory  peak above what the process held before the call. CPU: the kernel's own high-water mark of resident memory
         (VmHWM, reset through /proc/self/clear_refs); CUDA: torch's allocator. Of the largest rank.
 calls, bytes  collectives of one rank, and bytes of the larger side of each.
@@ -65,6 +66,7 @@ class Problem:
 class Measured:
     method: str
     time_s: float
+    cpu_time_s: float
     memory_bytes: float
     collectives: int
     communicated_bytes: int
@@ -263,13 +265,14 @@ def _status_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def timed(run: Callable[[], None], device: torch.device) -> float:
+def timed(run: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """Wall-clock and CPU seconds."""
     dist.barrier()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def largest_over_ranks(value: float) -> float:
@@ -302,13 +305,15 @@ def rank_main(rank: int, case: tuple[int, int, int, int], args: argparse.Namespa
             step(method, problem)
         memory = largest_over_ranks(peak_memory(lambda method=method: step(method, problem), device))
         error = None if name == "liger" else largest_over_ranks(error_of(method, problem, exact))
-        measured[name] = Measured(name, 0.0, memory, len(sizes), sum(sizes), error)
-    times: dict[str, list[float]] = {name: [] for name in measured}
+        measured[name] = Measured(name, 0.0, 0.0, memory, len(sizes), sum(sizes), error)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in measured}
     for _ in range(args.repeats):
         for name in measured:
-            times[name].append(largest_over_ranks(timed(lambda name=name: step(METHODS[name], problem), device)))
+            wall, cpu = timed(lambda name=name: step(METHODS[name], problem), device)
+            times[name].append((largest_over_ranks(wall), largest_over_ranks(cpu)))
     for name, values in times.items():
-        measured[name].time_s = statistics.median(values)
+        wall_times, cpu_times = zip(*values, strict=True)
+        measured[name].time_s, measured[name].cpu_time_s = statistics.median(wall_times), statistics.median(cpu_times)
     if rank == 0:
         result = {"rows": [asdict(m) for m in measured.values()], "missing": missing}
         Path(scratch, "result.json").write_text(json.dumps(result))
@@ -334,6 +339,7 @@ def run_case(case: tuple[int, int, int, int], args: argparse.Namespace) -> dict[
     base = next(row for row in result["rows"] if row["method"] == "plain")
     for row in result["rows"]:
         row["time_ratio"] = row["time_s"] / base["time_s"]
+        row["cpu_time_ratio"] = row["cpu_time_s"] / base["cpu_time_s"]
         row["memory_ratio"] = row["memory_bytes"] / base["memory_bytes"]
     names = ("tokens", "hidden", "vocab", "tp")
     return {**dict(zip(names, case, strict=True)), "zero_advantage": args.zero_advantage, **result}
@@ -342,16 +348,17 @@ def run_case(case: tuple[int, int, int, int], args: argparse.Namespace) -> dict[
 def print_case(result: dict[str, Any]) -> None:
     title = "N {tokens}, H {hidden}, V {vocab}, TP {tp}, A = 0 on {zero_advantage:.0%} of the rows".format(**result)
     print(f"\n{title}\n")
-    print("| method | time ms | ratio | extra memory MB | ratio | calls | KB | error |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| method | time ms | ratio | CPU ms | ratio | extra memory MB | ratio | calls | KB | error |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for r in result["rows"]:
         error = "" if r["error"] is None else f"{r['error']:.1e}"
         print(
-            f"| {r['method']} | {r['time_s'] * 1e3:.0f} | {r['time_ratio']:.2f} | {r['memory_bytes'] / 1e6:.0f} "
-            f"| {r['memory_ratio']:.3f} | {r['collectives']} | {r['communicated_bytes'] / 1e3:.0f} | {error} |"
+            f"| {r['method']} | {r['time_s'] * 1e3:.0f} | {r['time_ratio']:.2f} "
+            f"| {r['cpu_time_s'] * 1e3:.0f} | {r['cpu_time_ratio']:.2f} "
+            f"| {r['memory_bytes'] / 1e6:.0f} | {r['memory_ratio']:.3f} | {r['collectives']} | {r['communicated_bytes'] / 1e3:.0f} | {error} |"
         )
     for name, reason in result["missing"].items():
-        print(f"| {name} | {reason} | | | | | | |")
+        print(f"| {name} | {reason} | | | | | | | | |")
 
 
 def versions() -> dict[str, str]:
