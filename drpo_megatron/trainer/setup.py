@@ -209,6 +209,7 @@ def build_model(config: Config, family: Family, hf_config: Any, layout: Layout, 
             vp_stage=vp_stage,
             **model_kwargs,
         )
+        _mark_shards(model)
         if config.model.freeze_router:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(".router." not in name)
@@ -220,6 +221,32 @@ def build_model(config: Config, family: Family, hf_config: Any, layout: Layout, 
         )
     _connect_schedule(megatron_config, chunks, optimizer.overlap_grad_reduce)
     return chunks
+
+
+def _mark_shards(model: Any) -> None:
+    """Say of every weight how it is shared out, where Megatron forgets to.
+
+    Tensor-parallel shards: without the mark the gradient norm counts the shard of rank 0 only. Megatron marks weights
+    while it initialises them, which we leave to the checkpoint. Experts: at EP = 1 Megatron takes them for dense
+    weights (layers.py:829), whose gradients are not summed over tensor-parallel ranks, although with ETP < TP each of
+    these saw tokens of its own. As experts they are always summed over the expert-data-parallel group; and their
+    optimizer is always one of its own, so that its state can move between any two EP sizes.
+    """
+    from megatron.core.tensor_parallel.layers import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        VocabParallelEmbedding,
+        set_tensor_model_parallel_attributes,
+    )
+
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
+            weight, axis = module.weight, int(isinstance(module, RowParallelLinear))
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(weight, True, axis, 1)
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False
 
 
 def _connect_schedule(megatron_config: Any, chunks: list[Any], overlap: bool) -> None:
