@@ -45,16 +45,7 @@ def read_counters(directory: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(directory: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any) -> None:
-    """Collective. Fills model, optimizer and schedule in place; the layout may differ from the one that saved.
-
-    Raises ValueError when the optimizer state can't be brought into this layout (EP > 1 to EP = 1).
-    """
-    saved, now = _record(directory)["layout"], _layout(chunks)
-    if saved["expert"] > 1 and now["expert"] == 1:
-        raise ValueError(
-            f"{directory} was saved with parallel.expert={saved['expert']}; Megatron can't bring its optimizer state to "
-            f"parallel.expert=1. Resume with parallel.expert >= 2, or start a new run from the exported HF checkpoint"
-        )
+    """Collective. Fills model, optimizer and schedule in place; the layout may differ from the one that saved."""
     state = _sharded_state(chunks, optimizer, is_loading=True)
     loaded = dist_checkpointing.load(state, str(directory))
     for index, chunk in enumerate(chunks):
@@ -78,8 +69,7 @@ def _sharded_state(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -
     state: dict[str, Any] = {
         _model_key(chunks, i): chunk.module.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)
     }
-    models = {key: value for part in list(state.values()) for key, value in part.items()} if len(chunks) == 1 else dict(state)
-    state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
+    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
     return state
 
 
