@@ -8,10 +8,10 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
-from drpo_megatron.sinks import METRICS_FILE, read_metrics  # noqa: E402
+from drpo_megatron.sinks import METRICS_FILE, read_metrics
 
 
 def draw_training(run_dir: Path) -> Path:

@@ -138,7 +138,12 @@ class LiveTable:
 
     def __init__(self, total_steps: int, first_step: int) -> None:
         self.bar = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
         )
         self.task = self.bar.add_task("training", total=total_steps, completed=first_step)
         self.accuracy = "-"

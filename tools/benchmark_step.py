@@ -25,7 +25,9 @@ PARALLEL = {"num_ranks": 2, "tensor": 2, "sequence": True, "expert": 2}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hf", default="data/quickstart/model", help="Hugging Face checkpoint (default: the quickstart's)")
+    parser.add_argument(
+        "--hf", default="data/quickstart/model", help="Hugging Face checkpoint (default: the quickstart's)"
+    )
     parser.add_argument("--sequences", type=int, default=64, help="sequences an optimiser step (default 64)")
     parser.add_argument("--prompt", type=int, default=9, help="prompt tokens (default 9)")
     parser.add_argument("--response", type=int, default=3, help="response tokens (default 3)")

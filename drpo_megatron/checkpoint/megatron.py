@@ -19,7 +19,9 @@ from megatron.core import dist_checkpointing, parallel_state
 COUNTERS_FILE = "trainer.json"
 
 
-def save_checkpoint(directory: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any, counters: dict[str, Any]) -> None:
+def save_checkpoint(
+    directory: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any, counters: dict[str, Any]
+) -> None:
     """Collective. `directory` is new or empty, on a file system that all ranks share.
 
     Args:

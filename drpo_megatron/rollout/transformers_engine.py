@@ -72,7 +72,9 @@ class TransformersEngine:
             tokens[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             attention[row, width - len(request.prompt_ids) :] = 1
         uniforms = torch.from_numpy(
-            np.stack([np.random.Generator(np.random.Philox(r.seed)).random(params.max_response_tokens) for r in requests])
+            np.stack(
+                [np.random.Generator(np.random.Philox(r.seed)).random(params.max_response_tokens) for r in requests]
+            )
         )
         tokens, attention, uniforms = (x.to(self.device) for x in (tokens, attention, uniforms))
         stop = torch.tensor(sorted(self.stop_ids), device=self.device)
@@ -84,7 +86,11 @@ class TransformersEngine:
         cache = DynamicCache(config=self.model.config)
         for step in range(params.max_response_tokens):
             logits = self.model(
-                input_ids=tokens, attention_mask=attention, position_ids=positions, past_key_values=cache, logits_to_keep=1
+                input_ids=tokens,
+                attention_mask=attention,
+                position_ids=positions,
+                past_key_values=cache,
+                logits_to_keep=1,
             ).logits[:, -1]
             chosen, chosen_logprobs = sample(logits, uniforms[:, step], params)
             is_stop = torch.isin(chosen, stop)
@@ -99,7 +105,9 @@ class TransformersEngine:
                 break
             if len(keep) < len(rows):
                 cache.batch_select_indices(keep)
-                rows, attention, uniforms, positions, chosen = (x[keep] for x in (rows, attention, uniforms, positions, chosen))
+                rows, attention, uniforms, positions, chosen = (
+                    x[keep] for x in (rows, attention, uniforms, positions, chosen)
+                )
             tokens = chosen[:, None]
             positions = positions[:, -1:] + 1
             attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)
@@ -124,7 +132,9 @@ class TransformersEngine:
             if slot is None:
                 raise ValueError(f"the engine's model has no tensor {name}")
             if slot.shape != tensor.shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; the engine's model needs {tuple(slot.shape)}")
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}; the engine's model needs {tuple(slot.shape)}"
+                )
             slot.copy_(tensor)
 
     def finish_update(self, policy_version: int, expected_checksums: dict[str, str]) -> None:
@@ -139,7 +149,9 @@ class TransformersEngine:
             if names
         ]
         if problems:
-            raise ValueError(f"weights of policy version {policy_version} are not what the trainer sent; " + "; ".join(problems))
+            raise ValueError(
+                f"weights of policy version {policy_version} are not what the trainer sent; " + "; ".join(problems)
+            )
         self.policy_version = policy_version
 
 

@@ -91,4 +91,3 @@ def run_micro_batches(
         micro_batch_size=1,
         forward_only=forward_only,
     )
-

@@ -71,7 +71,9 @@ class PackedAttention(MegatronModule):
     Departs from transformer/dot_product_attention.py, which refuses packed sequences and CP > 1.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, *unused: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, *unused: Any, pg_collection: Any = None, **kwargs: Any
+    ) -> None:
         super().__init__(config=config)
         self.cp_group = pg_collection.cp
         self.scale = kwargs.get("softmax_scale") or config.kv_channels**-0.5
@@ -94,7 +96,10 @@ class PackedAttention(MegatronModule):
         if cp_size == 1:
             inside = (sequence, position)
             context = F.scaled_dot_product_attention(
-                *(_rectangle(x, inside, shape) for x in (query, key, value)), is_causal=True, scale=self.scale, enable_gqa=True
+                *(_rectangle(x, inside, shape) for x in (query, key, value)),
+                is_causal=True,
+                scale=self.scale,
+                enable_gqa=True,
             )
         else:
             rows = packed.zigzag_rows(cp_size)

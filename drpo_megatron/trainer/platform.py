@@ -182,7 +182,19 @@ def _make_view() -> _View:
         # dist_checkpointing/strategies/torch.py:64 asks how many devices share a node
         device_count=lambda: 1,
     )
-    factories = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like", "ones_like", "rand", "randn")
+    factories = (
+        "tensor",
+        "empty",
+        "zeros",
+        "ones",
+        "full",
+        "arange",
+        "empty_like",
+        "zeros_like",
+        "ones_like",
+        "rand",
+        "randn",
+    )
     return _View(torch, cuda=cuda, **{name: _on_cpu(getattr(torch, name)) for name in factories})
 
 
@@ -259,7 +271,9 @@ def _fix_mappings(module: Any) -> None:
         ranks = group.size()
         output = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
         copies = input_.contiguous().repeat(ranks, *[1] * (input_.dim() - 1))
-        torch.distributed.all_to_all_single(output, copies, list(output_split_sizes), [input_.shape[0]] * ranks, group=group)
+        torch.distributed.all_to_all_single(
+            output, copies, list(output_split_sizes), [input_.shape[0]] * ranks, group=group
+        )
         return output
 
     def reduce_scatter(input_: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
@@ -306,7 +320,12 @@ def _fix_filesystem_async(module: Any) -> None:
             counter: queue.Queue = queue.Queue()
             counter.put(index)
             module.FileSystemWriterAsync.write_preloaded_data(
-                transforms, local_proc_idx=index, write_bucket=bucket, results_queue=answer, count_queue=counter, use_fsync=True
+                transforms,
+                local_proc_idx=index,
+                write_bucket=bucket,
+                results_queue=answer,
+                count_queue=counter,
+                use_fsync=True,
             )
             _, written_or_error = answer.get()
             if isinstance(written_or_error, Exception):

@@ -284,7 +284,9 @@ def build_optimizer(section: OptimizerSection, chunks: list[Any], layout: Layout
     )
     with platforms.optimizer_scope():
         optimizer = get_megatron_optimizer(optimizer_config, chunks)
-        for part in optimizer.chained_optimizers:  # Else the moments are missing from a checkpoint before the first step.
+        for (
+            part
+        ) in optimizer.chained_optimizers:  # Else the moments are missing from a checkpoint before the first step.
             part.init_state_fn(part.optimizer, part.config)
     return optimizer
 

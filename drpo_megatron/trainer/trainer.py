@@ -57,7 +57,9 @@ class Trainer:
         self.config = config
         self.platform = activate(config.trainer.backend)
         self.layout = setup.build_layout(config.parallel, config.run.seed)
-        self.hf_config = AutoConfig.from_pretrained(config.model.hf_path, local_files_only=True, trust_remote_code=False)
+        self.hf_config = AutoConfig.from_pretrained(
+            config.model.hf_path, local_files_only=True, trust_remote_code=False
+        )
         self.family = get_family(self.hf_config)
         tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path, local_files_only=True, trust_remote_code=False)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -101,16 +103,19 @@ class Trainer:
 
         def collect(batch: PackedBatch, hidden: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, Any]:
             out = vocab_parallel_logprobs(
-                hidden, head, batch.targets.to(hidden.device), live=batch.weights.to(hidden.device) != 0, **self._kernel_options()
+                hidden,
+                head,
+                batch.targets.to(hidden.device),
+                live=batch.weights.to(hidden.device) != 0,
+                **self._kernel_options(),
             )
             return hidden.new_zeros(()), out.logprobs.cpu()
 
         with torch.no_grad():
             collected = self._run(work, collect, forward_only=True)
         mine: dict[str, list[float]] = {}
-        for batch, whole, local in zip(work.batches, work.whole_batches, collected, strict=bool(collected)):
-            values = self._gather_context_parallel(whole, local)
-            mine |= unpack_token_values(whole, values)
+        for whole, local in zip(work.whole_batches, collected, strict=self.layout.is_last_stage):
+            mine |= unpack_token_values(whole, self._gather_context_parallel(whole, local))
         everyone: list[dict[str, list[float]]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, mine)
         merged = {name: tuple(values) for part in everyone for name, values in part.items()}
@@ -212,7 +217,7 @@ class Trainer:
         from drpo_megatron.trainer.weights import load_hf_weights
 
         checkpoint = HFCheckpoint(self.config.model.hf_path)
-        load_hf_weights(self.chunks, self.hf_config, checkpoint.get, self.layout.groups)
+        load_hf_weights(self.chunks, self.hf_config, checkpoint.get, self.layout.groups, names=checkpoint.names())
 
     def _build_optimizer(self) -> None:
         config = self.config

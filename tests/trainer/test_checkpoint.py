@@ -14,7 +14,9 @@ from tests.tiny import random_samples, save_checkpoint, tiny_config, tiny_moe_co
 TP2EP2 = {"num_ranks": 2, "tensor": 2, "sequence": True, "expert": 2}
 
 
-def train(rank: int, world_size: int, hf_path: str, parallel: dict[str, Any], load: str | None, save: str | None) -> Any:
+def train(
+    rank: int, world_size: int, hf_path: str, parallel: dict[str, Any], load: str | None, save: str | None
+) -> Any:
     """Two rollouts, or (when `load` is given) the second of them only. What the second reported, and the weights."""
     from drpo_megatron.trainer.platform import activate
 
@@ -22,7 +24,9 @@ def train(rank: int, world_size: int, hf_path: str, parallel: dict[str, Any], lo
     from drpo_megatron.trainer.trainer import Trainer
 
     # Wide, so that the first steps of Adam, which are of size lr whatever the gradient's rounding, stay comparable.
-    trainer = Trainer(tiny_config(hf_path, parallel, trainer={"optimizer": {"lr": 1e-3, "schedule": "cosine", "eps": 1e-4}}))
+    trainer = Trainer(
+        tiny_config(hf_path, parallel, trainer={"optimizer": {"lr": 1e-3, "schedule": "cosine", "eps": 1e-4}})
+    )
     if load is None:
         trainer.train_step(random_samples(8, seed=1))
         if save is not None:
@@ -60,7 +64,9 @@ def test_another_layout_continues(parallel: dict[str, Any], saved: tuple[str, st
     resumed_metrics, resumed_weights, _ = ranks[0]
     assert resumed_metrics["objective/loss"] == pytest.approx(metrics["objective/loss"], rel=1e-4)
     for name, weight in weights.items():
-        torch.testing.assert_close(resumed_weights[name], weight, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            resumed_weights[name], weight, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_a_directory_without_a_finished_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def one_step(rank: int, world_size: int, hf_path: str, parallel: dict[str, Any], trainer_section: dict[str, Any]) -> Any:
+def one_step(
+    rank: int, world_size: int, hf_path: str, parallel: dict[str, Any], trainer_section: dict[str, Any]
+) -> Any:
     """Log-probs, loss and the gradient of every HF tensor of one optimiser step. Gradients on rank 0 only."""
     from drpo_megatron.trainer.platform import activate
 
@@ -32,7 +34,10 @@ def one_step(rank: int, world_size: int, hf_path: str, parallel: dict[str, Any],
     from drpo_megatron.trainer.trainer import Trainer
 
     # Without sharding every data-parallel rank ends with the whole gradient; clipping would scale it in place.
-    section = {"optimizer_steps_per_rollout": 1, "optimizer": {"lr": 1e-3, "distributed": False, "clip_grad": 1e9}} | trainer_section
+    section = {
+        "optimizer_steps_per_rollout": 1,
+        "optimizer": {"lr": 1e-3, "distributed": False, "clip_grad": 1e9},
+    } | trainer_section
     trainer = Trainer(tiny_config(hf_path, parallel, trainer=section))
     samples = random_samples(12)
     logprobs = trainer.compute_logprobs(samples)
@@ -84,7 +89,9 @@ def test_single_process_gradient_is_that_of_transformers(hf_path: Path, single: 
     total.backward()
     assert single[1]["objective/loss"] == pytest.approx(total.item(), rel=1e-4)
     reference = model.lm_head.weight.grad
-    torch.testing.assert_close(single[2]["lm_head.weight"], reference, rtol=1e-3, atol=1e-4 * reference.abs().max().item())
+    torch.testing.assert_close(
+        single[2]["lm_head.weight"], reference, rtol=1e-3, atol=1e-4 * reference.abs().max().item()
+    )
     router = model.model.layers[1].mlp.gate.weight.grad
     got = single[2]["model.layers.1.mlp.gate.weight"]
     torch.testing.assert_close(got, router, rtol=1e-3, atol=1e-4 * router.abs().max().item())
