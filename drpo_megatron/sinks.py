@@ -197,6 +197,7 @@ class WeightsAndBiases:
             dir=str(run_dir),
             id=known,
             resume="allow" if known else None,
+            settings=wandb.Settings(silent=True),
         )
         id_file.write_text(self.run.id + "\n", encoding="utf-8")
 
@@ -204,4 +205,4 @@ class WeightsAndBiases:
         self.run.log(metrics, step=step)
 
     def close(self) -> None:
-        self.run.finish(quiet=True)
+        self.run.finish()

@@ -1,0 +1,83 @@
+"""The few numbers of a checkpoint's config.json that the layout depends on, read without torch or transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KNOWN_MODEL_TYPES = ("qwen3", "qwen3_moe")
+"""The families in `drpo_megatron.models`, which this module is too low to import. A test keeps the two equal."""
+
+_NAMES_OF_NUM_EXPERTS = ("num_experts", "num_local_experts")
+"""As published, and as transformers 5 writes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class HFModelConfig:
+    model_type: str
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    num_experts: int | None
+    """None: a dense model."""
+    moe_intermediate_size: int | None
+    """Inner size of an expert. None: a dense model."""
+    intermediate_size: int | None
+    """Inner size of a dense MLP. None: every layer has experts."""
+
+
+def read_hf_config(directory: str | os.PathLike[str]) -> HFModelConfig:
+    """What `config.json` of a Hugging Face checkpoint says about the model.
+
+    Raises: ValueError when directory or file is missing, the file is no JSON object, its `model_type` is not one of
+        KNOWN_MODEL_TYPES, or a number is missing or not a positive integer.
+    """
+    file = Path(directory) / "config.json"
+    fields = _read_object(file)
+    model_type = fields.get("model_type")
+    if model_type not in KNOWN_MODEL_TYPES:
+        raise ValueError(
+            f"{file}: model_type={model_type!r} is not supported; the supported ones are {', '.join(KNOWN_MODEL_TYPES)}"
+        )
+
+    def number(*names: str) -> int:
+        name = next((name for name in names if name in fields), names[0])
+        value = fields.get(name)
+        if type(value) is not int or value < 1:
+            found = f"is {value!r}" if name in fields else "is missing"
+            raise ValueError(f"{file}: {name} {found}; it must be a positive integer")
+        return value
+
+    num_layers, is_moe = number("num_hidden_layers"), model_type == "qwen3_moe"
+    return HFModelConfig(
+        model_type=model_type,
+        num_layers=num_layers,
+        num_attention_heads=number("num_attention_heads"),
+        num_key_value_heads=number("num_key_value_heads"),
+        max_position_embeddings=number("max_position_embeddings"),
+        num_experts=number(*_NAMES_OF_NUM_EXPERTS) if is_moe else None,
+        moe_intermediate_size=number("moe_intermediate_size") if is_moe else None,
+        intermediate_size=number("intermediate_size") if _has_dense_layers(fields, num_layers) or not is_moe else None,
+    )
+
+
+def _has_dense_layers(fields: dict[str, Any], num_layers: int) -> bool:
+    return bool(fields.get("mlp_only_layers")) or min(fields.get("decoder_sparse_step", 1), num_layers) > 1
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    if not file.parent.is_dir():
+        raise ValueError(f"model.hf_path: the checkpoint directory {file.parent} does not exist")
+    if not file.is_file():
+        raise ValueError(f"model.hf_path: {file.parent} has no config.json; it is not a Hugging Face checkpoint")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not JSON ({error}); copy it again") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} holds a {type(fields).__name__}, not an object; copy it again")
+    return fields
