@@ -355,7 +355,8 @@ def print_case(result: dict[str, Any]) -> None:
         print(
             f"| {r['method']} | {r['time_s'] * 1e3:.0f} | {r['time_ratio']:.2f} "
             f"| {r['cpu_time_s'] * 1e3:.0f} | {r['cpu_time_ratio']:.2f} "
-            f"| {r['memory_bytes'] / 1e6:.0f} | {r['memory_ratio']:.3f} | {r['collectives']} | {r['communicated_bytes'] / 1e3:.0f} | {error} |"
+            f"| {r['memory_bytes'] / 1e6:.0f} | {r['memory_ratio']:.3f} "
+            f"| {r['collectives']} | {r['communicated_bytes'] / 1e3:.0f} | {error} |"
         )
     for name, reason in result["missing"].items():
         print(f"| {name} | {reason} | | | | | | | | |")
