@@ -1,4 +1,4 @@
-"""The package's layers, asserted from its syntax trees: imports go down, and heavy libraries stay in their places."""
+"""The package's layers, asserted from its syntax trees: no import goes up, and heavy libraries stay in their places."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _is_type_checking(test: ast.expr) -> bool:
 
 
 def part_of(module: str) -> str:
-    """`drpo_megatron.trainer.setup` -> `trainer`; a name of the package itself, such as `__version__`, -> `__init__`."""
+    """`drpo_megatron.trainer.setup` -> `trainer`; a name of the package itself, such as `__version__` -> `__init__`."""
     part = module.split(".")[1] if "." in module else "__init__"
     return part if part in LEVEL_OF else "__init__"
 
@@ -85,7 +85,7 @@ def test_every_part_of_the_package_has_a_level() -> None:
     assert parts <= LEVEL_OF.keys()
 
 
-def test_imports_go_strictly_downward_and_heavy_libraries_stay_in_their_places() -> None:
+def test_no_import_goes_up_and_heavy_libraries_stay_in_their_places() -> None:
     assert [found for file in FILES for found in violations(file, (ROOT / file).read_text(encoding="utf-8"))] == []
 
 
@@ -114,7 +114,10 @@ def test_a_violation_is_found(file: str, source: str) -> None:
     ("file", "source"),
     [
         ("drpo_megatron/data/x.py", "if TYPE_CHECKING:\n    from drpo_megatron.trainer import setup"),
-        ("drpo_megatron/trainer/x.py", "from drpo_megatron.trainer import setup\nfrom drpo_megatron.data import packing"),
+        (
+            "drpo_megatron/trainer/x.py",
+            "from drpo_megatron.trainer import setup\nfrom drpo_megatron.data import packing",
+        ),
         ("drpo_megatron/trainer/x.py", "from . import setup"),
         ("drpo_megatron/checkpoint/megatron.py", "from megatron.core import parallel_state"),
         ("drpo_megatron/orchestration/x.py", "import ray"),

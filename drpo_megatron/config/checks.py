@@ -168,10 +168,11 @@ def _rollout_problems(config: Config) -> Iterator[str]:
 
 def _batch_problems(config: Config) -> Iterator[str]:
     rollout, trainer, parallel = config.rollout, config.trainer, config.parallel
-    num_sequences, num_updates = rollout.prompts_per_step * rollout.samples_per_prompt, trainer.optimizer_steps_per_rollout
+    num_sequences = rollout.prompts_per_step * rollout.samples_per_prompt
+    num_updates = trainer.optimizer_steps_per_rollout
     drawn = (
-        f"rollout.prompts_per_step={rollout.prompts_per_step} x rollout.samples_per_prompt={rollout.samples_per_prompt} "
-        f"= {num_sequences} sequences"
+        f"rollout.prompts_per_step={rollout.prompts_per_step} x "
+        f"rollout.samples_per_prompt={rollout.samples_per_prompt} = {num_sequences} sequences"
     )
     if num_sequences % num_updates:
         yield f"{drawn} can't be shared evenly by trainer.optimizer_steps_per_rollout={num_updates}; make it a divisor"

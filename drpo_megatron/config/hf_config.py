@@ -52,21 +52,22 @@ def read_hf_config(directory: str | os.PathLike[str]) -> HFModelConfig:
             raise ValueError(f"{file}: {name} {found}; it must be a positive integer")
         return value
 
-    num_layers, is_moe = number("num_hidden_layers"), model_type == "qwen3_moe"
+    is_moe = model_type == "qwen3_moe"
     return HFModelConfig(
         model_type=model_type,
-        num_layers=num_layers,
+        num_layers=number("num_hidden_layers"),
         num_attention_heads=number("num_attention_heads"),
         num_key_value_heads=number("num_key_value_heads"),
         max_position_embeddings=number("max_position_embeddings"),
         num_experts=number(*_NAMES_OF_NUM_EXPERTS) if is_moe else None,
         moe_intermediate_size=number("moe_intermediate_size") if is_moe else None,
-        intermediate_size=number("intermediate_size") if _has_dense_layers(fields, num_layers) or not is_moe else None,
+        intermediate_size=number("intermediate_size") if not is_moe or _has_dense_layers(fields) else None,
     )
 
 
-def _has_dense_layers(fields: dict[str, Any], num_layers: int) -> bool:
-    return bool(fields.get("mlp_only_layers")) or min(fields.get("decoder_sparse_step", 1), num_layers) > 1
+def _has_dense_layers(fields: dict[str, Any]) -> bool:
+    """Of a model with experts: transformers gives them to every `decoder_sparse_step`-th layer, less the named ones."""
+    return bool(fields.get("mlp_only_layers")) or fields.get("decoder_sparse_step", 1) != 1
 
 
 def _read_object(file: Path) -> dict[str, Any]:

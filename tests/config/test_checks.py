@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from drpo_megatron.config import save_config
 from drpo_megatron.config.checks import check_config
 from drpo_megatron.config.hf_config import KNOWN_MODEL_TYPES, HFModelConfig, read_hf_config
 from drpo_megatron.config.sections import Config
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 DENSE = {
     "model_type": "qwen3",
@@ -212,7 +215,10 @@ def test_files_that_are_missing_or_empty_are_all_named(directory: Path) -> None:
         (None, "model has no config.json; it is not a Hugging Face checkpoint"),
         ("{", "config.json is not JSON"),
         ("[]", "config.json holds a list, not an object"),
-        (json.dumps(DENSE | {"model_type": "llama"}), "model_type='llama' is not supported; the supported ones are qwen3"),
+        (
+            json.dumps(DENSE | {"model_type": "llama"}),
+            "model_type='llama' is not supported; the supported ones are qwen3",
+        ),
         (json.dumps(MOE | {"num_experts": None}), "num_experts is None; it must be a positive integer"),
         (json.dumps({"model_type": "qwen3"}), "num_hidden_layers is missing; it must be a positive integer"),
     ],
@@ -256,6 +262,19 @@ def test_the_model_config_is_what_transformers_writes(tmp_path: Path) -> None:
     assert read_hf_config(tmp_path / "dense") == HFModelConfig("qwen3", 4, 4, 2, 256, None, None, 48)
 
 
+def test_train_checks_before_it_loads_anything_heavy(directory: Path) -> None:
+    bad = config(rollout={"temperature": 0.0}, parallel={"num_ranks": 2, "tensor": 2})
+    save_config(bad, directory / "run.yaml")
+    program = (
+        "import sys; from drpo_megatron.cli import main; code = main(['train', 'run.yaml']); "
+        "print(code, [name for name in ('torch', 'transformers', 'ray') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "2 []"
+    assert done.stderr.startswith("error: this configuration can't run: 2 problems\n  - ")
+    assert "Traceback" not in done.stderr and not (directory / "runs").exists()
+
+
 def test_the_known_model_types_are_the_families() -> None:
     from drpo_megatron.models import FAMILIES
 
@@ -267,5 +286,5 @@ def test_checking_imports_neither_torch_nor_transformers() -> None:
         "import sys; import drpo_megatron.config.checks; "
         "print([name for name in ('torch', 'transformers', 'ray', 'megatron') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
