@@ -141,9 +141,7 @@ class PolicyLossTask:
     def _entropy_scale(self, rows: torch.Tensor) -> torch.Tensor | None:
         return self.batch.weights[rows].float() * self.entropy_coef if self.entropy_coef else None
 
-    def _new_sums(
-        self, rows: torch.Tensor, main_grad: torch.Tensor | None
-    ) -> tuple[GradientSums, torch.Tensor | None]:
+    def _new_sums(self, rows: torch.Tensor, main_grad: torch.Tensor | None) -> tuple[GradientSums, torch.Tensor | None]:
         """Empty sums, and the weight's gradient [rows of the shard, H] that they fill unless it is `main_grad`."""
         dtype, (needs_hidden, needs_weight) = self.head.compute_dtype, self._needs
         weight = torch.zeros_like(self._weight, dtype=dtype) if needs_weight and main_grad is None else None

@@ -1,0 +1,170 @@
+"""The ways of computing the policy loss that benchmark_loss.py compares, and the problem they get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from drpo_megatron.objectives import build
+from drpo_megatron.trainer.vocab_parallel import vocab_parallel_policy_loss
+
+DELTA = 0.15
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What every method gets: this rank's operands and the full per-token vectors."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    targets: torch.Tensor
+    behavior_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    group: dist.ProcessGroup
+    start: int
+
+    def rows(self, count: int, dtype: torch.dtype) -> Problem:
+        vectors = (v[:count] for v in (self.targets, self.behavior_logprobs, self.advantages))
+        hidden, weight = leaf(self.hidden[:count], dtype), leaf(self.weight, dtype)
+        return Problem(hidden, weight, *vectors, group=self.group, start=self.start)
+
+
+def leaf(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A parameter with gradient buffers: `main_grad` (FP32 at least) and `.grad`."""
+    leaf = tensor.detach().to(dtype, copy=True).requires_grad_()
+    leaf.main_grad = torch.zeros_like(leaf, dtype=torch.promote_types(dtype, torch.float32))
+    leaf.grad = torch.zeros_like(leaf)
+    return leaf
+
+
+def make_problem(case: tuple[int, int, int, int], zero_advantage: float, device: torch.device) -> Problem:
+    tokens, hidden_size, vocab, tp = case
+    rank, group = dist.get_rank(), dist.group.WORLD
+    shard = -(-vocab // tp)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, hidden_size, generator=generator)
+    targets = torch.randint(vocab, (tokens,), generator=generator)
+    advantages = torch.randn(tokens, generator=generator)
+    advantages[torch.randperm(tokens, generator=generator)[: round(zero_advantage * tokens)]] = 0
+    behavior = -9 - torch.rand(tokens, generator=generator)
+    rows = min(shard, vocab - rank * shard)
+    weight = torch.randn(rows, hidden_size, generator=torch.Generator().manual_seed(1 + rank)) / hidden_size**0.5
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    there = [v.to(device) for v in (targets, behavior, advantages)]
+    operands = leaf(hidden.to(device), dtype), leaf(weight.to(device), dtype)
+    return Problem(*operands, *there, group=group, start=rank * shard)
+
+
+class _CopyToRanks(torch.autograd.Function):
+    """Forward: nothing. Backward: all-reduce."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Forward: all-reduce. Backward: nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
+def _drpo_loss(problem: Problem, logprobs: torch.Tensor) -> torch.Tensor:
+    """DRPO by its formula; autograd does the rest."""
+    r = (logprobs - problem.behavior_logprobs).clamp(max=20).exp()
+    shift = logprobs.exp() - problem.behavior_logprobs.exp()
+    a = problem.advantages
+    return (-a * r + a.abs() * shift * (r - 1) / (2 * DELTA)).mean()
+
+
+def plain(problem: Problem) -> torch.Tensor:
+    """Logits, log-softmax, autograd."""
+    wide = torch.promote_types(problem.hidden.dtype, torch.float32)
+    if dist.get_world_size(problem.group) == 1:
+        logits = (problem.hidden @ problem.weight.T).to(wide)
+        return _drpo_loss(problem, logits.log_softmax(-1).gather(1, problem.targets[:, None])[:, 0])
+    logits = (_CopyToRanks.apply(problem.hidden, problem.group) @ problem.weight.T).to(wide)
+    maximum = logits.detach().amax(1)
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=problem.group)
+    shifted = logits - maximum[:, None]
+    local = problem.targets - problem.start
+    owned = (local >= 0) & (local < problem.weight.shape[0])
+    target = shifted.gather(1, local.clamp(0, problem.weight.shape[0] - 1)[:, None])[:, 0]
+    target = _SumOverRanks.apply(torch.where(owned, target, 0.0), problem.group)
+    return _drpo_loss(problem, target - _SumOverRanks.apply(shifted.exp().sum(1), problem.group).log())
+
+
+def megatron(problem: Problem) -> torch.Tensor:
+    """Logits, then Megatron-Core's vocab_parallel_cross_entropy."""
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    logits = _CopyToRanks.apply(problem.hidden, problem.group) @ problem.weight.T
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return _drpo_loss(problem, -vocab_parallel_cross_entropy(logits.to(wide)[:, None], problem.targets[:, None])[:, 0])
+
+
+def liger(problem: Problem) -> torch.Tensor:
+    """Liger's chunked GRPO loss, which is not DRPO: time and memory compare, error does not."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    length = 128
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, chunk_size=1)
+    shape = (problem.targets.shape[0] // length, length)
+    used = shape[0] * length
+    out = loss(
+        problem.hidden[:used].view(*shape, -1),
+        problem.weight,
+        problem.targets[:used].view(shape),
+        torch.ones(shape, device=problem.targets.device),
+        problem.advantages[:used].view(shape)[:, 0],
+        old_per_token_logps=problem.behavior_logprobs[:used].view(shape),
+    )
+    return out[0] if isinstance(out, tuple) else out
+
+
+def ours(problem: Problem, **options: Any) -> torch.Tensor:
+    count = problem.targets.shape[0]
+    return vocab_parallel_policy_loss(
+        problem.hidden,
+        problem.weight,
+        problem.targets,
+        problem.behavior_logprobs,
+        problem.advantages,
+        torch.full_like(problem.advantages, 1 / count),
+        objective=build({"name": "drpo", "delta": DELTA}),
+        tp_group=problem.group,
+        main_grad_fusion=True,
+        **options,
+    ).loss
+
+
+def ours_low_memory(problem: Problem) -> torch.Tensor:
+    return ours(problem, low_memory=True)
+
+
+METHODS: dict[str, Callable[[Problem], torch.Tensor]] = {
+    "plain": plain,
+    "megatron": megatron,
+    "liger": liger,
+    "ours": ours,
+    "ours, low memory": ours_low_memory,
+}
