@@ -107,7 +107,8 @@ class Failure:
 
     @property
     def is_death(self) -> bool:
-        return isinstance(self.error, RayActorError)
+        """Its own. One that met another's death (a rank that was sending to an engine) raises both kinds in one."""
+        return isinstance(self.error, RayActorError) and not isinstance(self.error, RayTaskError)
 
     @property
     def may_be_anothers(self) -> bool:
