@@ -16,6 +16,7 @@ from drpo_megatron.checkpoint.hf import HFCheckpoint
 from drpo_megatron.config import Config
 from drpo_megatron.data.prompts import PromptStream, read_demonstrations, read_prompts
 from drpo_megatron.data.tokenize import load_tokenizer
+from drpo_megatron.models import get_family
 from drpo_megatron.orchestration.clock import Clock
 from drpo_megatron.orchestration.cluster import cluster
 from drpo_megatron.orchestration.loop import Loop
@@ -37,7 +38,7 @@ class Inputs:
 
 def read_inputs(config: Config) -> Inputs:
     """Prompts and demonstrations, tokenised, after a look at the checkpoint. ValueError names file and line."""
-    HFCheckpoint(config.model.hf_path)
+    get_family(HFCheckpoint(config.model.hf_path).config)
     tokenizer = load_tokenizer(config.model.hf_path)
     heldout = read_prompts(config.data.heldout, tokenizer, config) if config.data.heldout else []
     prompts = read_prompts(config.data.train, tokenizer, config)

@@ -9,7 +9,6 @@ SPMD: every method is called on all ranks at once with the same arguments.
 from __future__ import annotations
 
 import math
-import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -206,10 +205,6 @@ class Trainer:
             load_checkpoint(directory, self.chunks, self.optimizer, self.schedule)
         self.policy_version = counters["policy_version"]
         self.num_rollouts = counters["num_rollouts"]
-
-    def peak_rss_mb(self) -> float:
-        """This process's peak resident memory in MiB."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     # --- inside ---------------------------------------------------------------------------------------------------------
 
