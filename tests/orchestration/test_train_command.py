@@ -41,7 +41,7 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
 
 
 def test_the_engine_draws_with_the_trainers_weights(finished: Path) -> None:
-    # Before the first optimiser step of a rollout pi is mu: the ranks' weights reached the engine, temperature included.
+    # Before the first optimiser step of a rollout pi is mu: the ranks' weights reached the engine, and so did T.
     shifts = [row["mismatch/abs_prob_shift/max"] for row in command.metrics(finished / "run")[1:]]
     assert max(shifts) < 1e-4
     # Later optimiser steps of a rollout move pi away from mu: had nothing been trained, this would be small, too.
