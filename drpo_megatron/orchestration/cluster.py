@@ -52,7 +52,7 @@ def cluster(config: Config, logs: Path, clock: Clock, say: Callable[[str], None]
 def _ray(config: Config) -> Iterator[None]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     address = config.cluster.ray_address
-    temporary = "" if address else tempfile.mkdtemp(prefix="ray-", dir=_short_temporary_directory())
+    temporary = None if address else tempfile.mkdtemp(prefix="ray-", dir=_short_temporary_directory())
     # ray/_private/worker.py:439,2774 would tell every death and lost peer on its own; our one error names the culprit.
     os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
     ray._private.worker.listen_error_messages = lambda worker, stopped: None
@@ -62,7 +62,14 @@ def _ray(config: Config) -> Iterator[None]:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         else:
-            _start_ray(_num_processes(config), temporary)
+            ray.init(
+                num_cpus=max(os.cpu_count() or 1, _num_processes(config)),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _temp_dir=temporary,
+            )
         signal.signal(signal.SIGTERM, on_sigterm)  # ray.init takes it for itself.
         yield
     finally:
@@ -71,25 +78,6 @@ def _ray(config: Config) -> Iterator[None]:
         signal.signal(signal.SIGINT, on_sigint)
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _start_ray(num_processes: int, temporary: str) -> None:
-    """A Ray of our own. On a loaded machine its parts now and then miss each other at the start: then once more."""
-    for attempts_left in (2, 1, 0):
-        try:
-            ray.init(
-                num_cpus=max(os.cpu_count() or 1, num_processes),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                object_store_memory=_OBJECT_STORE_BYTES,
-                _temp_dir=temporary,
-            )
-            return
-        except (ValueError, RuntimeError, OSError):
-            ray.shutdown()
-            if not attempts_left:
-                raise
 
 
 def _start(config: Config, logs: Path, say: Callable[[str], None]) -> Workers:
