@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from drpo_megatron.types import Sample
 
@@ -41,14 +48,25 @@ def tiny_dense_config(**changes: Any) -> Qwen3Config:
     return Qwen3Config(**(_SHAPE | changes))
 
 
+def tiny_qwen2_config(**changes: Any) -> Qwen2Config:
+    shape = {name: value for name, value in _SHAPE.items() if name != "head_dim"}
+    return Qwen2Config(**(shape | changes))
+
+
+def tiny_mixtral_config(**changes: Any) -> MixtralConfig:
+    return MixtralConfig(**(_SHAPE | dict(num_local_experts=4, num_experts_per_tok=2) | changes))
+
+
 def save_checkpoint(directory: Path, hf_config: Any, seed: int = 0) -> Path:
-    """A random model of `hf_config`, FP32, with a word-level tokenizer; norm weights are random, too."""
+    """A random model of `hf_config`, FP32, with a word-level tokenizer; norms and biases are random, too."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(hf_config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.uniform_(-0.5, 0.5)
     model.save_pretrained(directory)
     words = {f"t{i}": i for i in range(hf_config.vocab_size - 3)}
     words |= {"<pad>": hf_config.vocab_size - 3, "<eos>": hf_config.vocab_size - 2, "<unk>": hf_config.vocab_size - 1}

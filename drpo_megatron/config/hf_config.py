@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-KNOWN_MODEL_TYPES = ("qwen3", "qwen3_moe")
+KNOWN_MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "mixtral")
 """The families in `drpo_megatron.models`, which this module is too low to import. A test keeps the two equal."""
 
 _NAMES_OF_NUM_EXPERTS = ("num_experts", "num_local_experts")
-"""As published, and as transformers 5 writes it."""
+"""As Qwen publishes it, and as Mixtral does and transformers 5 writes it."""
+_EXPERT_SIZE = {"qwen3_moe": "moe_intermediate_size", "mixtral": "intermediate_size"}
+"""What a family with experts calls the inner size of one; without an entry a family is dense."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +54,22 @@ def read_hf_config(directory: str | os.PathLike[str]) -> HFModelConfig:
             raise ValueError(f"{file}: {name} {found}; it must be a positive integer")
         return value
 
-    is_moe = model_type == "qwen3_moe"
+    expert_size = _EXPERT_SIZE.get(model_type)
+    has_dense_layers = expert_size is None or (model_type == "qwen3_moe" and _has_dense_layers(fields))
     return HFModelConfig(
         model_type=model_type,
         num_layers=number("num_hidden_layers"),
         num_attention_heads=number("num_attention_heads"),
         num_key_value_heads=number("num_key_value_heads"),
         max_position_embeddings=number("max_position_embeddings"),
-        num_experts=number(*_NAMES_OF_NUM_EXPERTS) if is_moe else None,
-        moe_intermediate_size=number("moe_intermediate_size") if is_moe else None,
-        intermediate_size=number("intermediate_size") if not is_moe or _has_dense_layers(fields) else None,
+        num_experts=number(*_NAMES_OF_NUM_EXPERTS) if expert_size else None,
+        moe_intermediate_size=number(expert_size) if expert_size else None,
+        intermediate_size=number("intermediate_size") if has_dense_layers else None,
     )
 
 
 def _has_dense_layers(fields: dict[str, Any]) -> bool:
-    """Of a model with experts: transformers gives them to every `decoder_sparse_step`-th layer, less the named ones."""
+    """Of a Qwen3-MoE: transformers gives them to every `decoder_sparse_step`-th layer, less the named ones."""
     return bool(fields.get("mlp_only_layers")) or fields.get("decoder_sparse_step", 1) != 1
 
 

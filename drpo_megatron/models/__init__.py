@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from drpo_megatron.models import qwen3, qwen3_moe
+from drpo_megatron.models import mixtral, qwen2, qwen3, qwen3_moe
 from drpo_megatron.models.family import Family, HFConfig, typed_config
 
-FAMILIES: dict[str, Family] = {family.FAMILY.model_type: family.FAMILY for family in (qwen3, qwen3_moe)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, mixtral.FAMILY)
+}
 
 
 def get_family(hf_config: HFConfig) -> Family:

@@ -1,5 +1,7 @@
 """Megatron parameter names of one rank -> keys that mean the same on every rank and in both layer specs.
 
+The two layer specs agree but for these:
+
     local (torch) layers                               Transformer Engine layers
     input_layernorm.weight                             self_attention.linear_qkv.layer_norm_weight
     pre_mlp_layernorm.weight                           mlp.linear_fc1.layer_norm_weight (dense layers)

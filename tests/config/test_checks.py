@@ -252,14 +252,16 @@ def test_a_boundary_that_cannot_be_reached_is_warned_of(directory: Path, delta: 
 
 
 def test_the_model_config_is_what_transformers_writes(tmp_path: Path) -> None:
-    from tests.tiny import tiny_dense_config, tiny_moe_config
+    from tests.tiny import tiny_dense_config, tiny_mixtral_config, tiny_moe_config
 
     tiny_moe_config(mlp_only_layers=[0]).save_pretrained(tmp_path / "mixed")
     tiny_moe_config().save_pretrained(tmp_path / "moe")
     tiny_dense_config().save_pretrained(tmp_path / "dense")
+    tiny_mixtral_config().save_pretrained(tmp_path / "mixtral")
     assert read_hf_config(tmp_path / "mixed") == HFModelConfig("qwen3_moe", 4, 4, 2, 256, 4, 24, 48)
     assert read_hf_config(tmp_path / "moe") == HFModelConfig("qwen3_moe", 4, 4, 2, 256, 4, 24, None)
     assert read_hf_config(tmp_path / "dense") == HFModelConfig("qwen3", 4, 4, 2, 256, None, None, 48)
+    assert read_hf_config(tmp_path / "mixtral") == HFModelConfig("mixtral", 4, 4, 2, 256, 4, 48, None)
 
 
 def test_train_checks_before_it_loads_anything_heavy(directory: Path) -> None:

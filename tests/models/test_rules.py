@@ -11,13 +11,15 @@ from transformers import AutoModelForCausalLM
 from drpo_megatron.models import get_family
 from drpo_megatron.models.names import canonical_key
 from drpo_megatron.models.rules import GateUp, GroupedQKV, Key, Rule, Vocabulary
-from tests.tiny import VOCAB, tiny_dense_config, tiny_moe_config
+from tests.tiny import VOCAB, tiny_dense_config, tiny_mixtral_config, tiny_moe_config, tiny_qwen2_config
 
 CONFIGS = {
     "dense": tiny_dense_config(),
     "dense_tied": tiny_dense_config(tie_word_embeddings=True),
     "moe": tiny_moe_config(),
     "moe_some_dense": tiny_moe_config(decoder_sparse_step=2, mlp_only_layers=[1]),
+    "qwen2": tiny_qwen2_config(),
+    "mixtral": tiny_mixtral_config(),
 }
 
 
@@ -61,6 +63,15 @@ def test_qkv_is_interleaved_by_query_group() -> None:
     layout = GroupedQKV(num_groups=2, head_dim=1)
     assert layout.shard([q, k, v], 0, 1, (8, 1)).flatten().tolist() == [1, 2, 10, 11, 3, 4, 20, 21]
     assert layout.shard([q, k, v], 1, 2, (4, 1)).flatten().tolist() == [3, 4, 20, 21]
+
+
+def test_qkv_biases_are_interleaved_like_their_rows() -> None:
+    config = tiny_qwen2_config()
+    rules = {rule.key.name: rule for rule in get_family(config).rules(config)}
+    weight, bias = (rules[f"decoder.layers.0.self_attention.linear_qkv.{kind}"] for kind in ("weight", "bias"))
+    rows = [torch.randn(hf.shape) for hf in bias.hf]
+    as_columns = weight.layout.shard([x[:, None] for x in rows], 1, 2, (32, 1))
+    assert torch.equal(bias.layout.shard(rows, 1, 2, (32,)), as_columns.squeeze(1))
 
 
 def test_gate_and_up_are_stacked_on_every_rank() -> None:
@@ -127,11 +138,26 @@ def test_an_old_config_json_gives_its_rotary_base() -> None:
 
 
 def test_an_unknown_model_type_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="model_type='llama' is not known; the known ones are qwen3, qwen3_moe"):
+    with pytest.raises(ValueError, match="model_type='llama' is not known; the known ones are mixtral, qwen2"):
         get_family({"model_type": "llama"})
 
 
 def test_all_unsupported_settings_are_named_at_once() -> None:
     config = tiny_moe_config(hidden_act="gelu", attention_bias=True, mlp_only_layers=[0, 1, 2, 3])
     with pytest.raises(ValueError, match="hidden_act=gelu.*attention_bias=true.*no layer has experts"):
+        get_family(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (tiny_qwen2_config(use_sliding_window=True, sliding_window=64), "sliding_window=64: only full attention"),
+        (tiny_mixtral_config(sliding_window=4096), "sliding_window=4096: only full attention"),
+        (tiny_mixtral_config(router_jitter_noise=0.1), "router_jitter_noise=0.1"),
+        (tiny_mixtral_config(num_experts_per_tok=1), "num_experts_per_tok=1: the router's output is 1"),
+        (tiny_dense_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}), "rope_type=yarn"),
+    ],
+)
+def test_what_a_family_cannot_do_is_refused_by_name(config: Any, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
         get_family(config)

@@ -1,0 +1,37 @@
+"""Mixtral (Mixtral-8x7B, 8x22B): attention without q/k norms, experts in every layer, renormalised top-k."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from drpo_megatron.models import decoder
+from drpo_megatron.models.family import Family, HFConfig
+from drpo_megatron.models.rules import Rule
+
+MATRICES = ("w1", "w3", "w2")
+"""What a checkpoint calls an expert's gate, up and down."""
+
+
+def megatron_config(config: HFConfig) -> dict[str, Any]:
+    everywhere = [True] * config.num_hidden_layers
+    experts = decoder.routed_experts(config, config.intermediate_size, everywhere)
+    return decoder.megatron_config(config) | experts | {"qk_layernorm": False}
+
+
+def unsupported(config: HFConfig) -> list[str]:
+    problems = [*decoder.unsupported(config), *decoder.frozen_router(config, "renormalised top-k")]
+    if config.router_jitter_noise:
+        problems.append(f"router_jitter_noise={config.router_jitter_noise}: only 0, training without noise")
+    return problems
+
+
+def rules(config: HFConfig) -> list[Rule]:
+    layers: list[Rule] = []
+    for layer in range(config.num_hidden_layers):
+        block = f"model.layers.{layer}.block_sparse_moe"
+        layers += decoder.attention(config, layer, qk_norms=False)
+        layers += decoder.moe(config, layer, block, config.intermediate_size, MATRICES)
+    return [decoder.embedding(config), *layers, *decoder.final_norm_and_head(config)]
+
+
+FAMILY = Family("mixtral", unsupported, megatron_config, rules)

@@ -1,0 +1,165 @@
+"""Every family against transformers: the same logits and gradients, and the checkpoint back bit by bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.distributed import run_ranks
+from tests.tiny import (
+    VOCAB,
+    save_checkpoint,
+    tiny_config,
+    tiny_dense_config,
+    tiny_mixtral_config,
+    tiny_moe_config,
+    tiny_qwen2_config,
+)
+
+MODELS: dict[str, Any] = {
+    "qwen2": tiny_qwen2_config(rope_theta=1e6),
+    "qwen2_tied": tiny_qwen2_config(tie_word_embeddings=True, num_key_value_heads=4),
+    "qwen3": tiny_dense_config(),
+    "qwen3_tied": tiny_dense_config(tie_word_embeddings=True, num_key_value_heads=1, head_dim=8),
+    "qwen3_moe": tiny_moe_config(rope_theta=1e6),
+    "qwen3_moe_unnormalised_topk": tiny_moe_config(norm_topk_prob=False, num_experts_per_tok=3),
+    "qwen3_moe_some_dense": tiny_moe_config(decoder_sparse_step=2, mlp_only_layers=[3]),
+    "mixtral": tiny_mixtral_config(head_dim=None, rms_norm_eps=1e-5),
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one process": {"num_ranks": 1},
+    "TP2 PP2 EP2": {"num_ranks": 4, "tensor": 2, "sequence": True, "pipeline": 2, "expert": 2},
+}
+LENGTHS = (7, 1, 12, 4)
+"""Of the sequences in the packed micro-batch."""
+
+
+class Seen(NamedTuple):
+    """What a rank saw of one model."""
+
+    logits: torch.Tensor | None
+    """[T, V/TP] on the last stage."""
+    gradients: dict[str, torch.Tensor]
+    """By HF name, on rank 0."""
+    identical: bool
+    """Whether the export was the checkpoint, on rank 0."""
+
+
+def sequences() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(VOCAB, (length,), generator=generator) for length in LENGTHS]
+
+
+def loss_weights() -> torch.Tensor:
+    """[T, V]: the loss is the sum of the logits times these."""
+    return torch.randn(sum(LENGTHS), VOCAB, generator=torch.Generator().manual_seed(2))
+
+
+def in_megatron(rank: int, world_size: int, root: Path, parallel: dict[str, Any]) -> dict[str, Seen]:
+    from drpo_megatron.trainer import platform
+
+    platform.activate("cpu")
+    return {name: _one_model(root / name, parallel) for name in MODELS}
+
+
+def _one_model(directory: Path, parallel: dict[str, Any]) -> Seen:
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+    from drpo_megatron.models import get_family
+    from drpo_megatron.trainer import platform, setup
+    from drpo_megatron.trainer.forward import run_micro_batches
+    from drpo_megatron.trainer.weights import export_hf_weights, load_hf_weights
+
+    hf_config = AutoConfig.from_pretrained(directory)
+    family = get_family(hf_config)
+    is_moe = "num_moe_experts" in family.transformer_config_kwargs(hf_config)
+    config = tiny_config(directory, parallel | ({} if is_moe else {"expert": 1}))
+    layout = setup.build_layout(config.parallel, seed=0)
+    chunks = setup.build_model(config, family, hf_config, layout, platform.activate("cpu"))
+    for parameter in chunks[0].parameters():
+        parameter.data.fill_(float("nan"))  # So that a parameter which is not loaded shows.
+    source = load_file(directory / "model.safetensors")
+    load_hf_weights(chunks, hf_config, source.__getitem__, layout.groups, names=source.keys())
+    exported = dict(export_hf_weights(chunks, hf_config, layout.groups))
+
+    def loss(batch: Any, hidden: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if config.parallel.sequence:
+            hidden = gather_from_sequence_parallel_region(hidden, group=layout.tp)
+        logits = hidden @ head.T
+        padding = head.shape[0] * layout.tp.size() - VOCAB
+        weights = torch.nn.functional.pad(loss_weights(), (0, padding)).chunk(layout.tp.size(), dim=1)
+        return (logits * weights[layout.tp.rank()]).sum(), logits.detach()
+
+    ids = torch.cat(sequences())
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    batch: Any = SimpleNamespace(input_ids=ids, position_ids=positions, cu_seqlens=ends, max_seqlen=max(LENGTHS))
+    device = torch.device("cpu")
+    collected = run_micro_batches(chunks, [batch], loss, length=len(ids), forward_only=False, device=device)
+    with torch.no_grad():
+        for parameter in chunks[0].parameters():
+            parameter.copy_(parameter.main_grad)
+    gradients = {n: t.clone() for n, t in export_hf_weights(chunks, hf_config, layout.groups) if t is not None}
+    identical = exported.keys() == source.keys() and all(
+        tensor is None or (tensor.dtype == source[name].dtype and torch.equal(tensor, source[name]))
+        for name, tensor in exported.items()
+    )
+    return Seen(collected[0] if collected else None, gradients, identical)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("families")
+    for name, hf_config in MODELS.items():
+        save_checkpoint(root / name, hf_config)
+    return root
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def seen(root: Path, request: pytest.FixtureRequest) -> list[dict[str, Seen]]:
+    """Of every rank of a layout; all models run in one start of the ranks."""
+    parallel = LAYOUTS[request.param]
+    return run_ranks(parallel["num_ranks"], in_megatron, root, parallel, timeout_s=300)
+
+
+@pytest.fixture(scope="module")
+def reference(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.Tensor, Any]]:
+    """(logits [T, V], gradients by checkpoint name) of transformers' model, one sequence after the other."""
+    found = {}
+    for name in MODELS:
+        model = AutoModelForCausalLM.from_pretrained(root / name)
+        logits = torch.cat([model(ids[None]).logits[0] for ids in sequences()])
+        (logits * loss_weights()).sum().backward()
+        gradients = tmp_path_factory.mktemp("gradients")
+        model.save_pretrained(gradients, state_dict={n: p.grad for n, p in model.named_parameters()})
+        found[name] = logits.detach(), load_file(gradients / "model.safetensors")
+    return found
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_logits_of_packed_sequences_are_those_of_transformers(seen: Any, reference: Any, model: str) -> None:
+    mine = torch.cat([rank[model].logits for rank in seen if rank[model].logits is not None], dim=1)[:, :VOCAB]
+    expected = reference[model][0]
+    assert expected.std() > 0.5  # Logits that hardly vary would agree by themselves.
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_are_those_of_transformers(seen: Any, reference: Any, model: str) -> None:
+    mine, expected = seen[0][model].gradients, reference[model][1]
+    assert mine.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            mine[name], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item(), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_export_is_the_checkpoint_bit_by_bit(seen: Any, model: str) -> None:
+    assert seen[0][model].identical
