@@ -85,10 +85,15 @@ def build_layout(parallel: ParallelSection, seed: int) -> Layout:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
-        create_gloo_process_groups=True,
+        create_gloo_process_groups=_has_gloo(),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 1000 * parallel_state.get_pipeline_model_parallel_rank())
     return Layout(ProcessGroupCollection.use_mpu_process_groups(), parallel)
+
+
+def _has_gloo() -> bool:
+    """Beside the fake process group, over which the planner builds ranks that don't exist, gloo would wait for them."""
+    return dist.get_backend() != "fake"
 
 
 def _quiet_megatron() -> None:
@@ -171,6 +176,32 @@ def _has_fused_weight_gradient() -> bool:
 def build_model(config: Config, family: Family, hf_config: Any, layout: Layout, platform: Platform) -> list[Any]:
     """This rank's model chunks (one, or `virtual_pipeline` many), wrapped in Megatron's DDP, weights not yet loaded."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    models = build_policy_models(config, family, hf_config, layout, platform)
+    optimizer = config.trainer.optimizer
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=optimizer.overlap_grad_reduce,
+        use_distributed_optimizer=optimizer.distributed,
+    )
+    chunks = [
+        DistributedDataParallel(
+            model.config,
+            ddp_config,
+            model.to(platform.device),
+            disable_bucketing=chunk > 0,
+            pg_collection=layout.groups,
+        )
+        for chunk, model in enumerate(models)
+    ]
+    _connect_schedule(models[0].config, chunks, optimizer.overlap_grad_reduce)
+    return chunks
+
+
+def build_policy_models(
+    config: Config, family: Family, hf_config: Any, layout: Layout, platform: Platform
+) -> list[Any]:
+    """The bare PolicyModels of this rank's chunks. Under `torch.device("meta")` they take no memory."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     from drpo_megatron.trainer.forward import PolicyModel
@@ -178,15 +209,9 @@ def build_model(config: Config, family: Family, hf_config: Any, layout: Layout, 
     megatron_config = transformer_config(config, family, hf_config, platform)
     model_kwargs = dict(family.gpt_model_kwargs(hf_config))
     model_kwargs["vocab_size"] = padded_vocab_size(model_kwargs["vocab_size"], config.parallel.tensor)
-    optimizer = config.trainer.optimizer
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=optimizer.overlap_grad_reduce,
-        use_distributed_optimizer=optimizer.distributed,
-    )
     stages, stage = layout.groups.pp.size(), layout.groups.pp.rank()
     num_chunks = config.parallel.virtual_pipeline or 1
-    chunks = []
+    models = []
     for chunk in range(num_chunks):
         vp_stage = chunk if config.parallel.virtual_pipeline else None
         spec = get_gpt_decoder_block_spec(
@@ -213,14 +238,8 @@ def build_model(config: Config, family: Family, hf_config: Any, layout: Layout, 
         if config.model.freeze_router:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(".router." not in name)
-        model.to(platform.device)
-        chunks.append(
-            DistributedDataParallel(
-                megatron_config, ddp_config, model, disable_bucketing=chunk > 0, pg_collection=layout.groups
-            )
-        )
-    _connect_schedule(megatron_config, chunks, optimizer.overlap_grad_reduce)
-    return chunks
+        models.append(model)
+    return models
 
 
 def _mark_shards(model: Any) -> None:
@@ -283,7 +302,7 @@ def build_optimizer(section: OptimizerSection, chunks: list[Any], layout: Layout
         use_distributed_optimizer=section.distributed,
     )
     with platforms.optimizer_scope():
-        optimizer = get_megatron_optimizer(optimizer_config, chunks)
+        optimizer = get_megatron_optimizer(optimizer_config, chunks, use_gloo_process_groups=_has_gloo())
         for (
             part
         ) in optimizer.chained_optimizers:  # Else the moments are missing from a checkpoint before the first step.
