@@ -88,29 +88,38 @@ class _SumOverRanks(torch.autograd.Function):
         return gradient, None
 
 
+def drpo_formula(logprobs: torch.Tensor, behavior: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """DRPO's loss a token, [N]; autograd does the rest."""
+    r = (logprobs - behavior).clamp(max=20).exp()
+    shift = logprobs.exp() - behavior.exp()
+    return -advantages * r + advantages.abs() * shift * (r - 1) / (2 * DELTA)
+
+
 def _drpo_loss(problem: Problem, logprobs: torch.Tensor) -> torch.Tensor:
-    """DRPO by its formula; autograd does the rest."""
-    r = (logprobs - problem.behavior_logprobs).clamp(max=20).exp()
-    shift = logprobs.exp() - problem.behavior_logprobs.exp()
-    a = problem.advantages
-    return (-a * r + a.abs() * shift * (r - 1) / (2 * DELTA)).mean()
+    return drpo_formula(logprobs, problem.behavior_logprobs, problem.advantages).mean()
 
 
 def plain(problem: Problem) -> torch.Tensor:
     """Logits, log-softmax, autograd."""
-    wide = torch.promote_types(problem.hidden.dtype, torch.float32)
-    if dist.get_world_size(problem.group) == 1:
-        logits = (problem.hidden @ problem.weight.T).to(wide)
-        return _drpo_loss(problem, logits.log_softmax(-1).gather(1, problem.targets[:, None])[:, 0])
-    logits = (_CopyToRanks.apply(problem.hidden, problem.group) @ problem.weight.T).to(wide)
+    hidden = problem.hidden
+    if dist.get_world_size(problem.group) > 1:
+        hidden = _CopyToRanks.apply(hidden, problem.group)
+    logits = (hidden @ problem.weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    return _drpo_loss(problem, plain_logprobs(logits, problem.targets, problem.start, problem.group))
+
+
+def plain_logprobs(logits: torch.Tensor, targets: torch.Tensor, start: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """log p of targets [N] from this rank's logits [N, V/TP], which begin at token id `start`."""
+    if dist.get_world_size(group) == 1:
+        return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     maximum = logits.detach().amax(1)
-    dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=problem.group)
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
     shifted = logits - maximum[:, None]
-    local = problem.targets - problem.start
-    owned = (local >= 0) & (local < problem.weight.shape[0])
-    target = shifted.gather(1, local.clamp(0, problem.weight.shape[0] - 1)[:, None])[:, 0]
-    target = _SumOverRanks.apply(torch.where(owned, target, 0.0), problem.group)
-    return _drpo_loss(problem, target - _SumOverRanks.apply(shifted.exp().sum(1), problem.group).log())
+    local = targets - start
+    owned = (local >= 0) & (local < logits.shape[1])
+    target = shifted.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    target = _SumOverRanks.apply(torch.where(owned, target, 0.0), group)
+    return target - _SumOverRanks.apply(shifted.exp().sum(1), group).log()
 
 
 def megatron(problem: Problem) -> torch.Tensor:

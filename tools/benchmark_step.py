@@ -1,11 +1,14 @@
 """How fast a trainer step is: against a bare Megatron-Core loop, and phase by phase over a finished run.
 
-    python tools/benchmark_step.py [--hf DIR] [--sequences 64] [--steps 15] [--json FILE]
+    python tools/benchmark_step.py [--hf DIR] [--vocab V] [--sequences 64] [--steps 15] [--json FILE]
     python tools/benchmark_step.py --run runs/quickstart-<stamp>
 
-The bare loop has the same model, layout, packed batch, schedule and optimizer, and Megatron's own output layer with its
-vocab-parallel cross entropy: what somebody would write who needs no policy loss, no metrics and no packing. Both are
-timed in turn in the same processes; medians over the steps, the first two left out.
+All have the same model, layout, packed batch, schedule and optimizer, and are timed in turn in the same processes
+(medians over the steps, the first two left out):
+    trainer        the trainer's own step: vocab-parallel kernel, objective, metrics, packing
+    plain loss     Megatron's output layer, log-softmax, DRPO's formula and autograd; no metrics, packed beforehand
+    cross entropy  Megatron's output layer and vocab-parallel cross entropy, no policy loss: a bare Megatron-Core loop
+Memory is what one step adds to the resident memory of the largest rank, gradient buffers and optimizer state aside.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ def main() -> None:
     parser.add_argument(
         "--hf", default="data/quickstart/model", help="Hugging Face checkpoint (default: the quickstart's)"
     )
+    parser.add_argument("--vocab", type=int, help="widen that model to so many token ids, with random weights")
     parser.add_argument("--sequences", type=int, default=64, help="sequences an optimiser step (default 64)")
     parser.add_argument("--prompt", type=int, default=9, help="prompt tokens (default 9)")
     parser.add_argument("--response", type=int, default=3, help="response tokens (default 3)")
@@ -55,21 +59,39 @@ def phases(run: Path) -> dict[str, float]:
     return shares
 
 
-def compare(args: argparse.Namespace) -> dict[str, float]:
+def compare(args: argparse.Namespace) -> dict[str, Any]:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch.multiprocessing as mp
 
     with tempfile.TemporaryDirectory() as scratch:
+        if args.vocab:
+            args.hf = _widened(Path(args.hf), args.vocab, Path(scratch) / "model")
         mp.spawn(_rank, args=(args, scratch), nprocs=PARALLEL["num_ranks"])
-        seconds = json.loads((Path(scratch) / "seconds.json").read_text())
+        ranks = [json.loads(file.read_text()) for file in sorted(Path(scratch).glob("rank*.json"))]
     tokens = args.sequences * (args.prompt + args.response)
-    ours, bare = (statistics.median(seconds[name][2:]) for name in ("trainer", "bare"))
-    ratio = statistics.median(b / o for o, b in zip(seconds["trainer"][2:], seconds["bare"][2:], strict=True))
+    seconds = {name: times[2:] for name, times in ranks[0]["seconds"].items()}
     print(f"one optimiser step of {args.sequences} sequences, {tokens} tokens, TP2 x EP2 on two gloo ranks")
-    print(f"  trainer (policy loss, metrics, packing)   {ours:.3f} s   {tokens / ours:8,.0f} tokens/s")
-    print(f"  bare Megatron-Core (cross entropy)        {bare:.3f} s   {tokens / bare:8,.0f} tokens/s")
-    print(f"  trainer / bare, tokens/s, pair by pair    {ratio:.2f}")
-    return {"trainer_s": ours, "bare_s": bare, "ratio": ratio, "tokens": tokens}
+    print("| | s | tokens/s | time, trainer / this, pair by pair | extra memory MB |")
+    print("|---|---|---|---|---|")
+    figures: dict[str, Any] = {"tokens": tokens, "vocab": args.vocab}
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        ratio = statistics.median(ours / other for ours, other in zip(seconds["trainer"], times, strict=True))
+        megabytes = max(rank["peak_bytes"][name] for rank in ranks) / 1e6
+        print(f"| {name} | {median:.3f} | {tokens / median:,.0f} | {ratio:.2f} | {megabytes:.0f} |")
+        figures[name] = {"seconds": median, "trainer_time_ratio": ratio, "extra_megabytes": megabytes}
+    return figures
+
+
+def _widened(hf: Path, vocab: int, target: Path) -> str:
+    """The checkpoint's architecture with `vocab` token ids and random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(hf)
+    config.vocab_size = vocab
+    AutoModelForCausalLM.from_config(config).save_pretrained(target)
+    AutoTokenizer.from_pretrained(hf).save_pretrained(target)
+    return str(target)
 
 
 def _rank(rank: int, args: argparse.Namespace, scratch: str) -> None:
@@ -77,6 +99,8 @@ def _rank(rank: int, args: argparse.Namespace, scratch: str) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    from benchmark_loss import peak_memory
+
     from drpo_megatron.config.sections import Config
     from drpo_megatron.objectives.aggregation import token_weights
     from drpo_megatron.trainer.platform import optimizer_scope
@@ -112,11 +136,11 @@ def _rank(rank: int, args: argparse.Namespace, scratch: str) -> None:
     weights = token_weights([args.response] * len(samples), "token-mean", args.response)
     work = trainer._work(samples, weights)
 
-    def bare_step() -> None:
+    def step_with(loss: Any) -> None:
         for chunk in trainer.chunks:
             chunk.zero_grad_buffer()
         trainer.optimizer.zero_grad()
-        trainer._run(work, _cross_entropy(trainer), forward_only=False)
+        trainer._run(work, loss, forward_only=False)
         with optimizer_scope():
             trainer.optimizer.step()
 
@@ -126,13 +150,36 @@ def _rank(rank: int, args: argparse.Namespace, scratch: str) -> None:
         step()
         return time.perf_counter() - started
 
-    seconds: dict[str, list[float]] = {"trainer": [], "bare": []}
+    methods = {
+        "trainer": lambda: trainer.train_step(samples),
+        "plain loss": lambda: step_with(_plain(trainer)),
+        "cross entropy": lambda: step_with(_cross_entropy(trainer)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(args.steps + 2):
-        seconds["trainer"].append(timed(lambda: trainer.train_step(samples)))
-        seconds["bare"].append(timed(bare_step))
-    if rank == 0:
-        (Path(scratch) / "seconds.json").write_text(json.dumps(seconds))
+        for name, method in methods.items():
+            seconds[name].append(timed(method))
+    peak_bytes = {name: peak_memory(method, torch.device("cpu")) for name, method in methods.items()}
+    (Path(scratch) / f"rank{rank}.json").write_text(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes}))
     dist.destroy_process_group()
+
+
+def _plain(trainer: Any) -> Any:
+    """Logits of Megatron's output layer, log-softmax, DRPO by its formula."""
+    from benchmark_loss_methods import drpo_formula, plain_logprobs
+
+    from drpo_megatron.trainer.forward import unwrap
+
+    model, group = unwrap(trainer.chunks[0]), trainer.layout.tp
+
+    def loss(batch: Any, hidden: Any, head: Any) -> tuple[Any, None]:
+        logits, _ = model.output_layer(hidden.unsqueeze(1))
+        start = group.rank() * logits.shape[-1]
+        logprobs = plain_logprobs(logits.squeeze(1).float(), batch.targets.clamp(min=0), start, group)
+        losses = drpo_formula(logprobs, batch.behavior_logprobs, batch.advantages)
+        return (losses * batch.weights).sum(), None
+
+    return loss
 
 
 def _cross_entropy(trainer: Any) -> Any:
