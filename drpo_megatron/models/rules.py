@@ -10,7 +10,7 @@ Pure tensor code: which rank holds what, and how shards travel, is `trainer/weig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -28,11 +28,52 @@ class Key(NamedTuple):
     expert: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """`tensor[index]` of a tensor that stacks `count` of them: a layer's experts in one tensor [E, ...]."""
+
+    index: int
+    count: int
+
+
 class HFTensor(NamedTuple):
-    """A tensor of the Hugging Face checkpoint."""
+    """A tensor of the Hugging Face checkpoint, or a slice of one."""
 
     name: str
     shape: tuple[int, ...]
+    """Of the slice, where it is one."""
+    slice: Slice | None = None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the checkpoint's tensor."""
+        return self.shape if self.slice is None else (self.slice.count, *self.shape)
+
+    def of(self, stored: torch.Tensor) -> torch.Tensor:
+        """What the rule speaks of, given the checkpoint's tensor."""
+        return stored if self.slice is None else stored[self.slice.index]
+
+
+def stack_slices(
+    tensors: Iterable[tuple[HFTensor, torch.Tensor | None]],
+) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """The checkpoint's (name, tensor) pairs from what rules give, in the order of the rules.
+
+    Slices of one tensor follow each other from first to last; all else passes. None, where a rank is not given the
+    tensors, stays None.
+    """
+    stacked: torch.Tensor | None = None
+    for hf, tensor in tensors:
+        if hf.slice is None:
+            yield hf.name, tensor
+            continue
+        if hf.slice.index == 0:
+            stacked = None if tensor is None else tensor.new_empty(hf.stored_shape)
+        if stacked is not None and tensor is not None:
+            stacked[hf.slice.index] = tensor
+        if hf.slice.index == hf.slice.count - 1:
+            yield hf.name, stacked
+            stacked = None
 
 
 class Layout(Protocol):
@@ -113,6 +154,52 @@ class GroupedQKV:
         q_rows = grouped.shape[1] - 2 * self.head_dim
         parts = grouped.split([q_rows, self.head_dim, self.head_dim], dim=1)
         return tuple(part.clone(memory_format=torch.contiguous_format).flatten(0, 1) for part in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedQKV:
+    """GroupedQKV of an attention with an output gate: `[q ... gate ... k v]` a group.
+
+    The HF tensors are q_proj, k_proj and v_proj; q_proj holds every head's gate after its query.
+    """
+
+    num_groups: int
+    head_dim: int
+    axis = 0
+
+    def shard(self, tensors: Sequence[torch.Tensor], rank: int, size: int, shape: tuple[int, ...]) -> torch.Tensor:
+        q, *kv = tensors
+        by_head = q.reshape(self.num_groups, -1, 2, self.head_dim, *q.shape[1:])
+        q = by_head.transpose(1, 2).flatten(0, 3)
+        return GroupedQKV(self.num_groups, self.head_dim).shard([q, *kv], rank, size, shape)
+
+    def merge(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        q, k, v = GroupedQKV(self.num_groups, self.head_dim).merge(shards)
+        by_kind = q.reshape(self.num_groups, 2, -1, self.head_dim, *q.shape[1:])
+        return by_kind.transpose(1, 2).flatten(0, 3).contiguous(), k, v
+
+
+@dataclass(frozen=True, slots=True)
+class Sections:
+    """Rows in sections, each split by rows, stacked on every rank in the order of the HF tensors.
+
+    Example: a gated delta net's q and k of 4 rows and v of 8 in one tensor, its gate of 8 in another
+
+        Sections(((4, 4, 8), (8,)))       rank r holds [q_r; k_r; v_r; gate_r]
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    """Of every HF tensor, the sizes of its sections."""
+    axis = 0
+
+    def shard(self, tensors: Sequence[torch.Tensor], rank: int, size: int, shape: tuple[int, ...]) -> torch.Tensor:
+        sections = [part for tensor, rows in zip(tensors, self.rows, strict=True) for part in tensor.split(rows)]
+        return torch.cat([_slice(section, 0, rank, size) for section in sections])
+
+    def merge(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        sizes = [rows // len(shards) for tensor in self.rows for rows in tensor]
+        by_section = zip(*(shard.split(sizes) for shard in shards), strict=True)
+        return tuple(torch.cat([part for _ in rows for part in next(by_section)]) for rows in self.rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from drpo_megatron.models import HFConfig, get_family
 from drpo_megatron.models.names import canonical_key
-from drpo_megatron.models.rules import Key, Rule
+from drpo_megatron.models.rules import HFTensor, Key, Rule, stack_slices
 from drpo_megatron.trainer.forward import unwrap
 
 
@@ -36,20 +36,24 @@ def load_hf_weights(
     Args:
         get_tensor: the checkpoint's tensor of a name, whole, in any dtype; KeyError if there is none. Called for the
             tensors that this rank needs only, never for more than one parameter's at a time.
-        names: every name in the checkpoint, so that tensors which no parameter takes are found, too.
+        names: every name in the checkpoint, so that tensors which no parameter takes are found, too; and, of a family
+            that calls its tensors by more than one name, which those are.
 
     Raises: ValueError on all ranks with everything that is wrong on any of them: missing, extra and misshapen tensors,
         Megatron parameters without a rule, rules without a parameter.
     """
-    shards = _Shards.of(model_chunks, hf_config, groups)
+    shards = _Shards.of(model_chunks, hf_config, groups, names)
     problems = shards.uncovered()
-    by_key = {key: rule for rule in shards.rules for key in (rule.key, *rule.copies)}
-    for key, parameter in shards.parameters.items():
-        if key in by_key:
-            problems += _load(by_key[key], parameter, get_tensor, shards.tensor_group(key), names or ())
+    source = _Source(get_tensor)
+    for rule in shards.rules:
+        for key in (rule.key, *rule.copies):
+            if key in shards.parameters:
+                problems += _load(rule, shards.parameters[key], source, shards.tensor_group(key), names or ())
     if names is not None:
+        family = get_family(hf_config)
         known = {name for rule in shards.rules for name in (*(hf.name for hf in rule.hf), *rule.hf_copies)}
-        problems += [f"extra: {name} belongs to no parameter of the model" for name in names if name not in known]
+        extra = [name for name in names if name not in known and not family.ignores(name)]
+        problems += [f"extra: {name} belongs to no parameter of the model" for name in extra]
     _raise_everywhere(problems)
 
 
@@ -59,26 +63,33 @@ def export_hf_weights(
     groups: ProcessGroupCollection,
     dtype: torch.dtype | None = None,
     everywhere: bool = False,
+    names: Collection[str] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor | None]]:
     """(HF name, whole tensor) of every parameter in the order of the checkpoint, without vocabulary padding.
 
     Collective: all ranks iterate to the end, in step. Tensors are new, on the model's device; a rank holds a few times
-    the largest parameter at most.
+    the largest tensor at most.
 
     Args:
         dtype: cast shards before they travel. None: the parameter's own.
         everywhere: yield tensors on all ranks. Otherwise on rank 0, and None on the others.
+        names: those of the checkpoint that the export shall look like. None: the published ones of the family.
 
     Raises: ValueError where the model's parameters are not those of `hf_config`.
     """
-    shards = _Shards.of(model_chunks, hf_config, groups)
+    shards = _Shards.of(model_chunks, hf_config, groups, names)
     _raise_everywhere(shards.uncovered())
+    yield from stack_slices(_merged(shards, dtype, everywhere))
+
+
+def _merged(
+    shards: _Shards, dtype: torch.dtype | None, everywhere: bool
+) -> Iterator[tuple[HFTensor, torch.Tensor | None]]:
     for rule in shards.rules:
         gathered = shards.gather(rule, dtype, everywhere)
         tensors = rule.layout.merge(gathered.unbind()) if gathered is not None else (None,) * len(rule.hf)
         del gathered
-        for hf, tensor in zip(rule.hf, tensors, strict=True):
-            yield hf.name, tensor
+        yield from zip(rule.hf, tensors, strict=True)
 
 
 class _Place(NamedTuple):
@@ -102,9 +113,13 @@ class _Shards:
 
     @classmethod
     def of(
-        cls, model_chunks: Sequence[torch.nn.Module], hf_config: HFConfig, groups: ProcessGroupCollection
+        cls,
+        model_chunks: Sequence[torch.nn.Module],
+        hf_config: HFConfig,
+        groups: ProcessGroupCollection,
+        names: Collection[str] | None,
     ) -> _Shards:
-        rules = get_family(hf_config).rules(hf_config)
+        rules = get_family(hf_config).rules(hf_config, names)
         num_experts = 1 + max((rule.key.expert for rule in rules if rule.key.expert is not None), default=-1)
         experts_per_rank = num_experts // groups.ep.size()
         parameters: dict[Key, torch.Tensor] = {}
@@ -171,10 +186,25 @@ class _Shards:
         return key.expert is None or self._expert_rank(key) == self.groups.ep.rank()
 
 
+class _Source:
+    """A checkpoint's tensors. The last one stays at hand: the experts that it stacks are asked for one by one."""
+
+    def __init__(self, get_tensor: Callable[[str], torch.Tensor]) -> None:
+        self._get_tensor = get_tensor
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def stored(self, name: str) -> torch.Tensor:
+        """The whole tensor. KeyError if there is none of that name."""
+        if self._last is None or self._last[0] != name:
+            self._last = None  # Before the next one is read: there is room for one.
+            self._last = name, self._get_tensor(name)
+        return self._last[1]
+
+
 def _load(
     rule: Rule,
     parameter: torch.Tensor,
-    get_tensor: Callable[[str], torch.Tensor],
+    source: _Source,
     tensor_group: dist.ProcessGroup,
     names: Collection[str],
 ) -> list[str]:
@@ -183,16 +213,18 @@ def _load(
     tensors = []
     for hf in rule.hf:
         try:
-            tensors.append(get_tensor(hf.name))
+            stored = source.stored(hf.name)
         except KeyError:
-            problems.append(f"missing: {hf.name} {list(hf.shape)}")
+            problems.append(f"missing: {hf.name} {list(hf.stored_shape)}")
             continue
-        if tuple(tensors[-1].shape) != hf.shape:
-            problems.append(f"misshapen: {hf.name} is {list(tensors[-1].shape)}, the config says {list(hf.shape)}")
+        if tuple(stored.shape) == hf.stored_shape:
+            tensors.append(hf.of(stored))
+        else:
+            problems.append(f"misshapen: {hf.name} is {list(stored.shape)}, the config says {list(hf.stored_shape)}")
     if problems:
         return problems
     for copy in (name for name in rule.hf_copies if name in names):
-        if not torch.equal(get_tensor(copy), tensors[0]):
+        if not torch.equal(source.stored(copy), tensors[0]):
             problems.append(
                 f"untied: {copy} differs from {rule.hf[0].name}, but config.json says tie_word_embeddings=true; "
                 "set it to false"

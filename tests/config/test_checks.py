@@ -217,7 +217,7 @@ def test_files_that_are_missing_or_empty_are_all_named(directory: Path) -> None:
         ("[]", "config.json holds a list, not an object"),
         (
             json.dumps(DENSE | {"model_type": "llama"}),
-            "model_type='llama' is not supported; the supported ones are qwen3",
+            "model_type='llama' is not supported; the supported ones are qwen2",
         ),
         (json.dumps(MOE | {"num_experts": None}), "num_experts is None; it must be a positive integer"),
         (json.dumps({"model_type": "qwen3"}), "num_hidden_layers is missing; it must be a positive integer"),
