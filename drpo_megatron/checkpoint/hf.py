@@ -9,20 +9,26 @@ import hashlib
 import json
 import os
 import shutil
-import struct
-import tempfile
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+
+from drpo_megatron.checkpoint.atomic import new_directory
+from drpo_megatron.checkpoint.safetensors_file import (
+    Header,
+    TensorInfo,
+    create_file,
+    read_header,
+    read_tensor,
+    write_tensor,
+)
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DEFAULT_SHARD_BYTES = 5 * 10**9
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
 def tensor_checksum(tensor: torch.Tensor) -> str:
@@ -40,78 +46,89 @@ class HFCheckpoint:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        if not self.directory.is_dir():
-            raise ValueError(f"checkpoint directory {self.directory} does not exist")
-        config_file = self.directory / "config.json"
-        if not config_file.is_file():
-            raise ValueError(f"{self.directory} has no config.json; it is not a Hugging Face checkpoint")
-        self.config: dict[str, Any] = _read_json(config_file)
+        self.config = read_config(self.directory)
+        self.index: str | None = None
+        """The text of the index file; None where there is one file without an index."""
+        self.headers: dict[str, Header] = {}
+        """By file name."""
         self._file_of = self._locate()
 
     def names(self) -> list[str]:
         """Every tensor's name, in file order."""
         return list(self._file_of)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._headers[self._file_of[name]][name]["shape"])
+    def info(self, name: str) -> TensorInfo:
+        """dtype and shape. KeyError if there is none of that name."""
+        return self.headers[self._file_of[name]].tensors[name]
 
-    def get(self, name: str) -> torch.Tensor:
-        """The whole tensor. KeyError if there is none of that name."""
-        with safe_open(self._file_of[name], framework="pt") as file:
-            return file.get_tensor(name)
+    def get(self, name: str, index: int | None = None) -> torch.Tensor:
+        """The whole tensor, or `tensor[index]`. KeyError if there is none of that name."""
+        file = self._file_of[name]
+        return read_tensor(self.directory / file, self.headers[file], name, index)
 
     def iter_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors, one in memory at a time."""
         for name in self._file_of:
             yield name, self.get(name)
 
-    @cached_property
-    def _headers(self) -> dict[Path, dict[str, Any]]:
-        return {}
-
-    def _locate(self) -> dict[str, Path]:
-        index_file, single = self.directory / INDEX_FILE, self.directory / SINGLE_FILE
+    def _locate(self) -> dict[str, str]:
+        """The file of every tensor."""
+        index_file = self.directory / INDEX_FILE
         problems: list[str] = []
+        weight_map: dict[str, str] = {}
         if index_file.is_file():
-            weight_map: dict[str, str] = _read_json(index_file).get("weight_map", {})
-            files = {self.directory / file for file in weight_map.values()}
-        elif single.is_file():
-            weight_map, files = {}, {single}
-        else:
+            self.index = index_file.read_text(encoding="utf-8")
+            weight_map = _read_json(index_file).get("weight_map", {})
+            if not weight_map:
+                raise ValueError(f"{index_file} names no tensors (weight_map); copy it again")
+        elif not (self.directory / SINGLE_FILE).is_file():
             raise ValueError(f"{self.directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
-        for file in sorted(files):
-            if not file.is_file():
-                problems.append(f"{file.name} is named by {INDEX_FILE} but missing")
+        for file in sorted(set(weight_map.values()) or {SINGLE_FILE}):
+            path = self.directory / file
+            if not path.is_file():
+                problems.append(f"{file} is named by {INDEX_FILE} but missing")
                 continue
             try:
-                self._headers[file] = read_safetensors_header(file)
+                self.headers[file] = read_header(path)
             except ValueError as error:
                 problems.append(str(error))
-        for name, file_name in weight_map.items():
-            header = self._headers.get(self.directory / file_name)
-            if header is not None and name not in header:
-                problems.append(f"tensor {name} is not in {file_name}, where {INDEX_FILE} says it is")
+        for name, file in weight_map.items():
+            if file in self.headers and name not in self.headers[file].tensors:
+                problems.append(f"tensor {name} is not in {file}, where {INDEX_FILE} says it is")
+        if weight_map:
+            for file, header in self.headers.items():
+                unlisted = [name for name in header.tensors if weight_map.get(name) != file]
+                problems += [f"tensor {name} is in {file}, but {INDEX_FILE} doesn't say so" for name in unlisted]
         if problems:
             raise ValueError(f"checkpoint {self.directory} is damaged: " + "; ".join(problems))
-        if weight_map:
-            return {name: self.directory / file for name, file in weight_map.items()}
-        return {name: single for name in self._headers[single]}
+        return {name: file for file, header in self.headers.items() for name in header.tensors}
 
 
-def read_safetensors_header(path: Path) -> dict[str, Any]:
-    """Name -> {dtype, shape, data_offsets}. ValueError when the file is shorter or longer than its header says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if 8 + length > size:
-            raise ValueError(f"{path} is truncated: {size} bytes can't hold its header")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if expected != size:
-        raise ValueError(f"{path} has {size} bytes, but its header describes {expected}; copy it again")
-    return header
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a checkpoint. ValueError when the directory or the file is missing, or is not JSON."""
+    if not directory.is_dir():
+        raise ValueError(f"checkpoint directory {directory} does not exist")
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory} has no config.json; it is not a Hugging Face checkpoint")
+    return _read_json(directory / "config.json")
+
+
+def copy_other_files(source: Path, target: Path) -> None:
+    """Copy config, tokenizer and whatever else is no weights and no index."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES and file.name != INDEX_FILE:
+            shutil.copy2(file, target / file.name)
+
+
+def shard_name(index: int, count: int) -> str:
+    """The customary name of shard `index` (from 0) of `count`."""
+    return SINGLE_FILE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def index_text(weight_map: dict[str, str], metadata: dict[str, Any]) -> str:
+    """An index file. `metadata` has total_size: the bytes of all tensors."""
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
 def write_hf_checkpoint(
@@ -127,23 +144,10 @@ def write_hf_checkpoint(
     Written under a temporary name beside it and renamed at the end: an interrupted write leaves no checkpoint. One
     shard is in memory at a time. Raises ValueError if `directory` exists (unless `force`).
     """
-    target, source = Path(directory), Path(source)
-    if target.exists() and not force:
-        raise ValueError(f"{target} already exists; choose another directory or force overwriting it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    target = Path(directory)
+    with new_directory(target, force=force) as scratch:
         _write_shards(scratch, named_tensors, max_shard_bytes)
-        for file in sorted(source.iterdir()):
-            if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX_FILE:
-                shutil.copy2(file, scratch / file.name)
-        scratch.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(scratch, target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        copy_other_files(Path(source), scratch)
     return target
 
 
@@ -154,7 +158,12 @@ def _write_shards(scratch: Path, named_tensors: Iterable[tuple[str, torch.Tensor
 
     def flush() -> None:
         nonlocal shard, num_bytes
-        save_file(shard, scratch / f"shard-{len(shards)}", metadata={"format": "pt"})
+        path = scratch / f"shard-{len(shards)}"
+        tensors = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in shard.items()}
+        header = Header.build(tensors, {"format": "pt"})
+        create_file(path, header)
+        for name, tensor in shard.items():
+            write_tensor(path, header, name, tensor)
         shards.append(list(shard))
         shard, num_bytes = {}, 0
 
@@ -163,24 +172,21 @@ def _write_shards(scratch: Path, named_tensors: Iterable[tuple[str, torch.Tensor
         size = tensor.numel() * tensor.element_size()
         if shard and num_bytes + size > max_bytes:
             flush()
-        shard[name] = tensor.detach().cpu().contiguous()
+        shard[name] = tensor.detach().cpu()
         num_bytes += size
         total_bytes += size
     flush()
-    if len(shards) == 1:
-        os.replace(scratch / "shard-0", scratch / SINGLE_FILE)
-        return
     weight_map = {}
     for index, names in enumerate(shards):
-        file_name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(scratch / f"shard-{index}", scratch / file_name)
-        weight_map |= dict.fromkeys(names, file_name)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    (scratch / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        file = shard_name(index, len(shards))
+        os.replace(scratch / f"shard-{index}", scratch / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        (scratch / INDEX_FILE).write_text(index_text(weight_map, {"total_size": total_bytes}), encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +33,17 @@ def test_a_written_checkpoint_is_the_same_model(source: Path, tmp_path: Path, ma
     with torch.no_grad():
         models = [AutoModelForCausalLM.from_pretrained(path) for path in (source, target)]
         assert torch.equal(models[0](ids).logits, models[1](ids).logits)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_written_checkpoint_is_as_readable_as_the_umask_says(source: Path, tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        target = write_hf_checkpoint(tmp_path / "out", HFCheckpoint(source).iter_tensors(), source)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((target / "model.safetensors").stat().st_mode) == 0o666 & ~umask
+    assert stat.S_IMODE(target.stat().st_mode) == 0o777 & ~umask
 
 
 def test_an_interrupted_write_leaves_nothing(source: Path, tmp_path: Path) -> None:

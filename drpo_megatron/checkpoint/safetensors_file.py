@@ -1,0 +1,166 @@
+"""The safetensors format, read and written tensor by tensor at known offsets.
+
+The safetensors library maps whole files and writes whole files. A converter of files that are larger than the memory
+needs neither: it reads one tensor (or one slice of one) with plain reads, which leave no pages behind in the process,
+and writes tensors in any order, by several threads, into files whose header is known beforehand.
+
+    8 bytes   length of the header, little endian
+    header    JSON: {"__metadata__": {...}, name: {"dtype": ..., "shape": ..., "data_offsets": [begin, end]}, ...}
+    data      tensors without gaps
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class TensorInfo(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file holds. `text` is the JSON as it stands in the file, padding included."""
+
+    text: str
+    tensors: dict[str, TensorInfo]
+    begins: dict[str, int]
+    """Where each tensor begins, in bytes from the start of the file."""
+    num_bytes: int
+    """Of the whole file."""
+
+    @classmethod
+    def parse(cls, text: str) -> Header:
+        """Raises ValueError for what is no header: not JSON, an unknown dtype, offsets that don't fit the shapes."""
+        try:
+            entries = json.loads(text)
+            entries.pop("__metadata__", None)
+            data_start = 8 + len(text.encode())
+            tensors, begins, end = {}, {}, data_start
+            for name, entry in entries.items():
+                if entry["dtype"] not in DTYPES:
+                    raise ValueError(f"tensor {name} is of dtype {entry['dtype']}; known are {', '.join(DTYPES)}")
+                tensors[name] = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                first, last = entry["data_offsets"]
+                if last - first != tensors[name].num_bytes:
+                    raise ValueError(
+                        f"tensor {name} {entry['dtype']} {entry['shape']} takes {tensors[name].num_bytes} bytes, but "
+                        f"has {last - first}"
+                    )
+                begins[name] = data_start + first
+                end = max(end, data_start + last)
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"its header is damaged ({type(error).__name__}: {error})") from error
+        return cls(text, tensors, begins, end)
+
+    @classmethod
+    def build(cls, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> Header:
+        """A header for these tensors, the widest dtypes first, so that all are aligned."""
+        entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+        offset = 0
+        for name, info in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
+            end = offset + info.num_bytes
+            entries[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
+        return cls.parse(text + " " * (-len(text.encode()) % 8))
+
+    @property
+    def metadata(self) -> dict[str, str] | None:
+        return json.loads(self.text).get("__metadata__")
+
+
+def read_header(path: Path) -> Header:
+    """ValueError, naming the file, when it is shorter or longer than its header says, or the header is damaged."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if 8 + length > size:
+            raise ValueError(f"{path} is truncated: {size} bytes can't hold its header")
+        try:
+            header = Header.parse(file.read(length).decode())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    if header.num_bytes != size:
+        raise ValueError(f"{path} has {size} bytes, but its header describes {header.num_bytes}; copy it again")
+    return header
+
+
+def read_tensor(path: Path, header: Header, name: str, index: int | None = None) -> torch.Tensor:
+    """A tensor of the file, or `tensor[index]`, in memory of its own. Reads no other bytes. Thread-safe."""
+    info, begin = header.tensors[name], header.begins[name]
+    if index is not None:
+        info = TensorInfo(info.dtype, info.shape[1:])
+        begin += index * info.num_bytes
+    buffer = torch.empty(info.num_bytes, dtype=torch.uint8)
+    view = memoryview(buffer.numpy())
+    with path.open("rb", buffering=0) as file:
+        file.seek(begin)
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise ValueError(f"{path} ended inside of {name}; another process has changed it")
+            view = view[count:]
+    return buffer.view(info.dtype).view(info.shape)
+
+
+def create_file(path: Path, header: Header) -> None:
+    """The file with its header and the room for its tensors, which `write_tensor` fills."""
+    encoded = header.text.encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.truncate(header.num_bytes)
+
+
+def write_tensor(path: Path, header: Header, name: str, tensor: torch.Tensor, index: int | None = None) -> None:
+    """Fill a tensor of the file, or `tensor[index]` of it. Thread-safe."""
+    info, offset = header.tensors[name], header.begins[name]
+    if index is not None:
+        info = TensorInfo(info.dtype, info.shape[1:])
+        offset += index * info.num_bytes
+    assert (tensor.dtype, tuple(tensor.shape)) == info, f"{name}: {tensor.dtype} {tuple(tensor.shape)}, not {info}"
+    view = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        while view:
+            count = os.pwrite(descriptor, view, offset)
+            view, offset = view[count:], offset + count
+    finally:
+        os.close(descriptor)
+
+
+def flush_file(path: Path) -> None:
+    """Wait until the file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
