@@ -5,11 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK := requirements/cpu-py311.lock
 STAMP := $(VENV)/.installed
+SGLANG_VENV := .venv-sglang
+SGLANG_LOCK := requirements/sglang-cpu-py311.lock
+SGLANG_STAMP := $(SGLANG_VENV)/.installed
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup quickstart test test-all lint clean
+.PHONY: help setup sglang-cpu quickstart test test-all lint clean
 help:
 	@sed -n 's/^# //p' Makefile
+	@echo "make sglang-cpu   SGLang for a machine without a GPU, in $(SGLANG_VENV) (2.6 GB)"
 	@echo "make test-all     the slow tests, too"
 	@echo "make lint         ruff and mypy"
 	@echo "make clean        remove the environment and what the quickstart made"
@@ -24,6 +28,16 @@ $(STAMP): $(LOCK) setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
+sglang-cpu: $(SGLANG_STAMP)
+
+# SGLang and torchvision without their dependencies, which would bring another torch, and CUDA.
+$(SGLANG_STAMP): $(SGLANG_LOCK)
+	test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(SGLANG_VENV)/bin/pip install --quiet --disable-pip-version-check -r $(SGLANG_LOCK)
+	$(SGLANG_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps sglang==0.5.23 torchvision==0.28.0
+	touch $@
+
 quickstart: setup
 	$(BIN)/python tools/make_quickstart.py
 	$(BIN)/drpo-megatron train examples/quickstart.yaml
@@ -32,11 +46,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: lint
+test: lint sglang-cpu
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: lint
+test-all: lint sglang-cpu
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf $(VENV) data runs build *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) data runs build *.egg-info

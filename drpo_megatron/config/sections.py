@@ -35,7 +35,10 @@ class ModelSection(Section):
     moe_token_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach their experts' ranks. `alltoall` scales; `allgather` suits few experts on few ranks."""
     moe_aux_loss_coeff: NonNegativeFloat = 0.0
-    """Load-balancing loss. 0 for RL: its gradient is not the policy's."""
+    """Weight of the load-balancing loss in an optimiser step's loss, in each layer with experts: E sum_i f_i P_i of a
+    micro-batch (1 when balanced; f_i the share of its token-expert pairs, P_i the mean router probability, padding
+    included), averaged over micro-batches by their tokens. Whole under any layout. 0 for RL: its gradient is not the
+    policy's."""
     freeze_router: bool = False
     """Keep the routers' weights as they are. Some find RL of MoE steadier with it."""
 
@@ -105,6 +108,9 @@ class TrainerSection(Section):
     """Upper limit of log(pi/mu) in the loss."""
     loss_chunk_mb: PositiveInt | None = None
     """MiB of FP32 logits a chunk of the loss kernel. None: 1024 on a GPU, 64 on a CPU."""
+    loss_low_memory: bool = False
+    """The loss kernel keeps one tile of logits and no FP32 gradient of the LM head, and computes logits again in the
+    backward pass: four matmuls instead of three (docs/loss.md has both measured)."""
     optimizer: OptimizerSection
 
 
@@ -128,8 +134,52 @@ class TransformersEngineSection(Section):
     """CPU threads an engine."""
 
 
+class SGLangEngineSection(Section):
+    name: Literal["sglang"] = "sglang"
+    num_engines: PositiveInt = 1
+    """Servers to launch, each with its own share of the prompts."""
+    servers: tuple[str, ...] = ()
+    """URLs of servers that somebody else runs, such as http://10.0.0.7:30000. None is launched then."""
+    api_key_file: str | None = None
+    """File with the key of `servers` in its first line. Launched servers get a random key each."""
+    python: str = ".venv-sglang/bin/python"
+    """Interpreter of the environment that SGLang is installed in; `make sglang-cpu` makes the default's."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs a replica: SGLang's --tp-size."""
+    data_parallel: PositiveInt = 1
+    """Replicas inside a server: SGLang's --dp-size."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the servers' weights and of what is sent to them. auto: the checkpoint's own."""
+    flags: dict[str, str | int | float | bool] = {}
+    """Further flags of SGLang by name, such as {mem-fraction-static: 0.8}. true: given without a value; false: not."""
+    num_threads: PositiveInt = 1
+    """CPU threads a server."""
+    max_concurrent_requests: PositiveInt = 256
+    """Requests that one server is given at once. What it can't run (--max-running-requests) waits in its queue."""
+    request_timeout_s: PositiveFloat = 1800.0
+    """A request that takes longer is aborted and sent again."""
+    max_attempts: PositiveInt = 4
+    """Times a request is sent before the run ends with an error. The loss of a server doesn't count."""
+    health_interval_s: PositiveFloat = 10.0
+    """How often a launched server is asked whether it lives."""
+    hang_timeout_s: PositiveFloat = 180.0
+    """A launched server that gives no sign of life for so long is killed and started again. More than a sync takes."""
+    max_restarts: NonNegativeInt = 5
+    """Deaths in a row, each within a minute of the start, after which the run ends."""
+    sync: Literal["disk", "distributed", "tensor"] = "distributed"
+    """How weights travel: by files that all servers can read; broadcast (gloo, NCCL on GPUs); by shared memory to
+    servers on the engine's machine."""
+    sync_dir: str | None = None
+    """Of sync=disk. Whole weights stand in it twice for a moment. None: a temporary directory of the engine's machine."""
+    sync_timeout_s: PositiveFloat = 600.0
+    """A server that takes longer for a step of a weight update is left out until the next one."""
+
+
+EngineConfig = Annotated[TransformersEngineSection | SGLangEngineSection, Field(discriminator="name")]
+
+
 class RolloutSection(Section):
-    engine: TransformersEngineSection = TransformersEngineSection()
+    engine: EngineConfig = TransformersEngineSection()
     prompts_per_step: PositiveInt
     """Prompts (groups) a rollout."""
     samples_per_prompt: PositiveInt
