@@ -29,7 +29,8 @@ CHECKED_MEGATRON = ("0.16.1",)
 CHECKED_TORCH = ("2.13",)
 """Torch releases (major.minor) the CPU platform ran its tests with."""
 
-_CPU = torch.device("cpu")
+_device = torch.device("cpu")
+"""What Megatron is told the current CUDA device is, on the CPU platform."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,19 @@ def activate(wanted: Literal["auto", "cpu", "gpu"], local_rank: int = 0) -> Plat
     else:
         _check_versions()
         _tell_megatron_about_the_cpu()
-        _active = Platform("cpu", _CPU, "gloo", False)
+        _active = Platform("cpu", _device, "gloo", False)
     return _active
+
+
+def activate_meta() -> Platform:
+    """The CPU platform with torch's meta device in place of memory: what Megatron builds has shapes and no numbers.
+
+    A cluster's ranks can so be built one after another in one process, over torch's fake process group. Build models
+    and optimizers `with platform.device:`. A process that did this can do nothing else.
+    """
+    global _device
+    _device = torch.device("meta")
+    return activate("cpu")
 
 
 def _has_transformer_engine() -> bool:
@@ -150,7 +162,7 @@ def _on_cpu(factory: Any) -> Any:
     def build(*args: Any, **kwargs: Any) -> Any:
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
-            kwargs["device"] = _CPU
+            kwargs["device"] = _device
         kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
@@ -163,7 +175,7 @@ def _make_view() -> _View:
         torch.cuda,
         # mappings.py:141,148,181,442; layers.py:552; utils.py:631; p2p_communication.py:313,321;
         # param_and_grad_buffer.py:800,806; router.py:90; rotary_pos_embedding.py:162; state_dict_saver.py:252
-        current_device=lambda: _CPU,
+        current_device=lambda: _device,
         # token_dispatcher.py:445,871; p2p_communication.py:398; filesystem_async.py:230; parallel_state.py:933
         Stream=_Nothing,
         Event=_Nothing,
@@ -364,7 +376,7 @@ class _CudaTypeNames(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.Tensor.type and isinstance(result, str):
-            return result.replace("torch.", "torch.cuda.", 1)
+            return result.replace("torch.", "torch.cuda.", 1).replace(".meta.", ".")
         return result
 
 
