@@ -54,6 +54,10 @@ class Completion:
     """Decoded token_ids without special tokens; what the reward reads."""
     policy_version: int
     """The weights that drew it (count of optimiser steps' publications; 0 = the initial weights)."""
+    topk_ids: tuple[tuple[int, ...], ...] | None = None
+    """The K most probable tokens at every position, most probable first. None: not asked for."""
+    topk_logprobs: tuple[tuple[float, ...], ...] | None = None
+    """log mu of topk_ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,12 @@ class Sample:
     policy_version: int = 0
     old_logprobs: tuple[float, ...] | None = None
     """log pi_old of every response token, by the trainer before the first optimiser step (anchor: recompute)."""
+    reference_logprobs: tuple[float, ...] | None = None
+    """log pi_ref of every response token, by the trainer with its frozen reference weights (kl_ref)."""
+    topk_ids: tuple[tuple[int, ...], ...] | None = None
+    """The engine's K most probable tokens at every response token, for objectives that compare with them."""
+    topk_behavior_logprobs: tuple[tuple[float, ...], ...] | None = None
+    """log mu of topk_ids."""
 
     @property
     def num_tokens(self) -> int:
@@ -111,6 +121,12 @@ class PackedBatch:
     """[T] FP32: the mask over the global normaliser, so that sum(weights * loss) over the whole global batch is the loss."""
     old_logprobs: torch.Tensor | None
     """[T] FP32 or None."""
+    reference_logprobs: torch.Tensor | None
+    """[T] FP32 or None."""
+    topk_ids: torch.Tensor | None
+    """[T, K] int64 or None: the engine's most probable tokens in the place of targets."""
+    topk_behavior_logprobs: torch.Tensor | None
+    """[T, K] FP32 or None, log mu of topk_ids."""
     sequence_ids: torch.Tensor
     """[T] int64, the index of the token's sequence in `sample_ids`; -1 in padding."""
     sample_ids: tuple[str, ...]

@@ -68,6 +68,13 @@ def test_a_dry_run_prints_config_and_plan_and_writes_nothing(
     assert sorted(run_file.parent.iterdir()) == before
 
 
+def test_a_dry_run_refuses_a_directory_that_holds_a_run(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_file.parent / "run" / "checkpoints").mkdir(parents=True)
+    code, out, err = outcome(capsys, "train", run_file, "--dry-run")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: run holds another run;")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from drpo_megatron.config.hf_config import HFModelConfig, read_hf_config
-from drpo_megatron.config.objective import DPPOConfig, DRPOConfig, GSPOConfig, ImportedObjectiveConfig
+from drpo_megatron.config.objective import DRPOConfig, GSPOConfig, ImportedObjectiveConfig
 from drpo_megatron.config.problems import listed
 from drpo_megatron.config.sections import Config, ParallelSection
 
+_ENGINES_WITH_TOPK = ("transformers",)
+"""Those that answer SamplingParams.num_topk."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -23,8 +25,11 @@ def check_config(config: Config) -> list[str]:
 
     Raises: ValueError that lists everything that can't work, each with the keys, their values and what to do.
     """
+    files = {"data.train": config.data.train, "data.heldout": config.data.heldout}
+    if config.warmup is not None:
+        files["warmup.data"] = config.warmup.data
     problems = [
-        *_file_problems(config),
+        *_file_problems(files),
         *_rank_problems(config.parallel),
         *_rollout_problems(config),
         *_batch_problems(config),
@@ -42,13 +47,23 @@ def check_config(config: Config) -> list[str]:
     return list(_warnings(config))
 
 
+def check_evaluation(config: Config) -> None:
+    """As `check_config`, of what scoring a model reads: held-out problems, the checkpoint, the length of a response."""
+    problems = list(_file_problems({"data.heldout": config.data.heldout}))
+    try:
+        model = read_hf_config(config.model.hf_path)
+    except ValueError as error:
+        problems.append(str(error))
+    else:
+        problems += [*_tokenizer_problems(config), *_context_problems(config, model)]
+    if problems:
+        raise ValueError(listed("this model can't be scored", problems))
+
+
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def _file_problems(config: Config) -> Iterator[str]:
-    files = {"data.train": config.data.train, "data.heldout": config.data.heldout}
-    if config.warmup is not None:
-        files["warmup.data"] = config.warmup.data
+def _file_problems(files: dict[str, str | None]) -> Iterator[str]:
     for key, name in files.items():
         if name is None:
             continue
@@ -209,16 +224,12 @@ def _context_problems(config: Config, model: HFModelConfig) -> Iterator[str]:
 
 
 def _objective_problems(config: Config) -> Iterator[str]:
-    objective, context = config.objective, config.parallel.context
-    if isinstance(objective, DPPOConfig) and objective.divergence.startswith("topk"):
+    engine, context = config.rollout.engine.name, config.parallel.context
+    if (num_topk := config.objective.needed_topk) and engine not in _ENGINES_WITH_TOPK:
         yield (
-            f"objective.divergence={objective.divergence} needs the log-probs of the engine's top "
-            f"{objective.num_topk} tokens, which engines do not report; use binary_tv or binary_kl"
-        )
-    if objective.kl_ref is not None:
-        yield (
-            f"objective.kl_ref with coef={objective.kl_ref.coef} needs log-probs of a frozen reference policy, which "
-            "the trainer does not compute; leave kl_ref out"
+            f"objective.name=dppo with a top-k divergence needs the log-probs of the engine's top {num_topk} tokens, "
+            f"which rollout.engine.name={engine} does not report; use engine {' or '.join(_ENGINES_WITH_TOPK)}, or "
+            "objective.divergence=binary_tv or binary_kl"
         )
     if context > 1 and (reason := _sequence_level(config)):
         yield (

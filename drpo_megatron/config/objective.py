@@ -1,8 +1,8 @@
 """The policy objective: a tagged union by `name`. One section an objective; `docs/objectives.md` has every equation.
 
-    objective: {name: drpo, delta: trust-region}
-    objective: {name: grpo, eps_high: 0.28, anchor: recompute, correction: {name: tis_token, max_ratio: 2.0}}
-    objective: {name: import, path: "my_package.my_module:my_objective", options: {temperature: 2}}
+objective: {name: drpo, delta: trust-region}
+objective: {name: grpo, eps_high: 0.28, anchor: recompute, correction: {name: tis_token, max_ratio: 2.0}}
+objective: {name: import, path: "my_package.my_module:my_objective", options: {temperature: 2}}
 """
 
 from __future__ import annotations
@@ -80,7 +80,14 @@ class ObjectiveBase(Section):
     correction: CorrectionConfig | None = None
     """Weight or mask by pi_old / mu, for `anchor: recompute`, whose ratio does not see the engine's mismatch."""
     kl_ref: KLReferenceConfig | None = None
-    """KL to the frozen initial policy. None in the paper."""
+    """KL to the policy at the start of RL, frozen: the checkpoint at model.hf_path or, after a warm-up, what the warm-up
+    made of it. Costs one forward pass a rollout, and every rank's share of the weights in host memory. None in the
+    paper."""
+
+    @property
+    def needed_topk(self) -> int:
+        """How many top tokens the engine has to report with every draw."""
+        return 0
 
     @model_validator(mode="after")
     def _correction_needs_recompute(self) -> ObjectiveBase:
@@ -128,6 +135,10 @@ class DPPOConfig(ObjectiveBase):
     """Boundary of the divergence. The papers: 0.15 for binary TV in BF16, 0.6 under FP8, 0.05 for binary KL."""
     num_topk: PositiveInt = 20
     """Top tokens the engine reports; read by topk_tv and topk_kl only."""
+
+    @property
+    def needed_topk(self) -> int:
+        return self.num_topk if self.divergence.startswith("topk") else 0
 
     @model_validator(mode="after")
     def _topk_needs_rollout(self) -> DPPOConfig:

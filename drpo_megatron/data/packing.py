@@ -20,6 +20,14 @@ from drpo_megatron.types import PackedBatch, Sample
 
 IGNORED_TARGET = -100
 
+_OPTIONAL_VECTORS = {
+    "old_logprobs": torch.float32,
+    "reference_logprobs": torch.float32,
+    "topk_ids": torch.int64,
+    "topk_behavior_logprobs": torch.float32,
+}
+"""What samples may carry for every response token, under the same names as in PackedBatch."""
+
 
 def split_optimizer_steps(samples: Sequence[Sample], num_steps: int, seed: int) -> list[list[Sample]]:
     """Shuffle the samples of one rollout and deal them into one share an optimiser step.
@@ -107,8 +115,8 @@ def pack(
         total_length: pad T up to this, for pipeline stages that must agree on one shape.
 
     Padding at the end of T is a sequence of its own, without a name. No samples at all give a batch of padding.
-    Raises ValueError for a sample without prompt, with unequal response and behaviour log-probs, and if the samples do
-    not fit in total_length.
+    Raises ValueError for a sample without prompt, for vectors that are not of the response's length or that only some
+    samples have, and if the samples do not fit in total_length.
     """
     if length_multiple % sequence_multiple:
         raise ValueError(
@@ -122,7 +130,7 @@ def pack(
     behavior_logprobs: list[float] = []
     advantages: list[float] = []
     weights: list[float] = []
-    old_logprobs: list[float] = []
+    starts: list[int] = []
     ends = [0]
     for index, (sample, weight) in enumerate(zip(samples, token_weights, strict=True)):
         _check(sample)
@@ -131,6 +139,7 @@ def pack(
         input_ids += [*sample.prompt_ids, *sample.response_ids, *[pad_id] * padding]
         position_ids += range(size)
         sequence_ids += [index] * sample.num_tokens + [-1] * padding
+        starts.append(ends[-1] + len(sample.prompt_ids) - 1)
         ends.append(ends[-1] + size)
         # Position t speaks of token t + 1, so the response's values begin one position before the response.
         before, num_targets, after = len(sample.prompt_ids) - 1, len(sample.response_ids), 1 + padding
@@ -140,11 +149,6 @@ def pack(
         behavior_logprobs += [*no_loss_before, *sample.behavior_logprobs, *no_loss_after]
         advantages += [*no_loss_before, *[sample.advantage] * num_targets, *no_loss_after]
         weights += [*no_loss_before, *[weight] * num_targets, *no_loss_after]
-        if sample.old_logprobs is not None:
-            old_logprobs += [*no_loss_before, *sample.old_logprobs, *no_loss_after]
-    if old_logprobs and len(old_logprobs) != len(input_ids):
-        missing = next(s.sample_id for s in samples if s.old_logprobs is None)
-        raise ValueError(f"sample {missing} has no old_logprobs and others in its micro-batch have; give all or none")
 
     length = _padded_length(ends[-1], length_multiple, total_length)
     tail = length - ends[-1]
@@ -160,10 +164,24 @@ def pack(
         behavior_logprobs=torch.tensor(behavior_logprobs + zeros, dtype=torch.float32),
         advantages=torch.tensor(advantages + zeros, dtype=torch.float32),
         weights=torch.tensor(weights + zeros, dtype=torch.float32),
-        old_logprobs=torch.tensor(old_logprobs + zeros, dtype=torch.float32) if old_logprobs else None,
         sequence_ids=torch.tensor(sequence_ids + [-1] * tail, dtype=torch.int64),
         sample_ids=tuple(sample.sample_id for sample in samples),
+        **{name: _optional_vector(name, samples, starts, length) for name in _OPTIONAL_VECTORS},
     )
+
+
+def _optional_vector(name: str, samples: Sequence[Sample], starts: Sequence[int], length: int) -> torch.Tensor | None:
+    """[length] or [length, K] with every sample's values from its place in `starts` on, 0 elsewhere. None: not given."""
+    per_sample = [getattr(sample, name) for sample in samples]
+    missing = [sample.sample_id for sample, values in zip(samples, per_sample, strict=True) if values is None]
+    if len(missing) == len(samples):
+        return None
+    if missing:
+        raise ValueError(f"sample {missing[0]} has no {name} and others in its micro-batch have; give all or none")
+    values = torch.tensor([value for values in per_sample for value in values], dtype=_OPTIONAL_VECTORS[name])
+    vector = values.new_zeros(length, *values.shape[1:])
+    vector[[start + i for start, values in zip(starts, per_sample, strict=True) for i in range(len(values))]] = values
+    return vector
 
 
 def _padded_length(num_tokens: int, length_multiple: int, total_length: int | None) -> int:
@@ -181,7 +199,7 @@ def _padded_length(num_tokens: int, length_multiple: int, total_length: int | No
 def _check(sample: Sample) -> None:
     if not sample.prompt_ids:
         raise ValueError(f"sample {sample.sample_id} has no prompt tokens; nothing predicts its first response token")
-    for name in ("behavior_logprobs", "old_logprobs"):
+    for name in ("behavior_logprobs", *_OPTIONAL_VECTORS):
         values = getattr(sample, name)
         if values is not None and len(values) != len(sample.response_ids):
             raise ValueError(
@@ -212,6 +230,7 @@ def context_parallel_slice(batch: PackedBatch, cp_rank: int, cp_size: int) -> Pa
         for place in (cp_rank, num_chunks - 1 - cp_rank):
             pieces.append(torch.arange(begin + place * chunk, begin + (place + 1) * chunk))
     rows = torch.cat(pieces)
+    optional = {name: vector[rows] for name in _OPTIONAL_VECTORS if (vector := getattr(batch, name)) is not None}
     return replace(
         batch,
         input_ids=batch.input_ids[rows],
@@ -220,8 +239,8 @@ def context_parallel_slice(batch: PackedBatch, cp_rank: int, cp_size: int) -> Pa
         behavior_logprobs=batch.behavior_logprobs[rows],
         advantages=batch.advantages[rows],
         weights=batch.weights[rows],
-        old_logprobs=None if batch.old_logprobs is None else batch.old_logprobs[rows],
         sequence_ids=batch.sequence_ids[rows],
+        **optional,
     )
 
 

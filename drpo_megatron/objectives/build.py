@@ -97,7 +97,6 @@ def build(config: dict[str, Any] | ObjectiveBase) -> ConfiguredObjective:
             "delta: trust-region (0.15) puts the boundary where it can be reached",
             stacklevel=2,
         )
-    is_topk = isinstance(config, DPPOConfig) and config.divergence.startswith("topk")
     has_boundary = isinstance(config, DRPOConfig) or (
         isinstance(config, DPPOConfig) and config.divergence == "binary_tv"
     )
@@ -112,6 +111,6 @@ def build(config: dict[str, Any] | ObjectiveBase) -> ConfiguredObjective:
         ),
         needs_old_logprobs=config.anchor == "recompute",
         needs_reference_logprobs=config.kl_ref is not None,
-        num_topk=config.num_topk if isinstance(config, DPPOConfig) and is_topk else 0,
+        num_topk=config.needed_topk,
         delta=config.delta if isinstance(config, DPPOConfig | DRPOConfig) and has_boundary else None,
     )

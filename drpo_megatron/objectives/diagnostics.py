@@ -53,6 +53,12 @@ def policy_statistics(
     }
     if entropy is not None:
         statistics["policy/entropy/mean"] = Statistic.mean(entropy)
+    if inputs.reference_logprobs is not None:
+        d = inputs.logprobs.double() - inputs.reference_logprobs.double()
+        statistics |= {
+            "policy/kl_ref/k1": Statistic.mean(d),
+            "policy/kl_ref/k3": Statistic.mean(torch.expm1((-d).clamp(max=LOG_RATIO_LIMIT)) + d),
+        }
     trainer = inputs.logprobs
     if inputs.old_logprobs is not None:
         trainer = inputs.old_logprobs

@@ -113,6 +113,12 @@ class TrainerRank(ProcessActor):
     def compute_logprobs(self, samples: Sequence[Sample]) -> dict[str, tuple[float, ...]]:
         return self.trainer.compute_logprobs(samples)
 
+    def compute_reference_logprobs(self, samples: Sequence[Sample]) -> dict[str, tuple[float, ...]]:
+        return self.trainer.compute_reference_logprobs(samples)
+
+    def load_reference(self, directory: Path) -> None:
+        self.trainer.load_reference(directory)
+
     def save_checkpoint(self, directory: Path) -> None:
         self.trainer.save_checkpoint(directory)
 

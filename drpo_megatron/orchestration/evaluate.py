@@ -9,6 +9,7 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from drpo_megatron.config import Config, load_resolved
+from drpo_megatron.config.checks import check_evaluation
 from drpo_megatron.data.prompts import read_prompts
 from drpo_megatron.data.tokenize import load_tokenizer
 from drpo_megatron.rewards import RewardScorer
@@ -33,12 +34,14 @@ def evaluate_model(directory: Path, options: EvalOptions) -> EvalResult:
     """`directory` is a run (its `hf/` is scored) or a Hugging Face checkpoint.
 
     Without options a run's model scores exactly what the run measured at its end: the draws are the same.
-    Raises ValueError for a directory that is neither, and for what a bare checkpoint doesn't say and no option gives.
+    Raises ValueError for a directory that is neither, for what a bare checkpoint doesn't say and no option gives, and
+    for everything at once that `check_evaluation` finds.
     """
     disable_progress_bar()
     config = _with_options(_config_of(directory, options), options)
     if config.data.heldout is None:
         raise ValueError(f"{directory} was trained without data.heldout; give --prompts FILE")
+    check_evaluation(config)
     prompts = read_prompts(config.data.heldout, load_tokenizer(config.model.hf_path), config)
     scorer = RewardScorer(config.reward)
     try:

@@ -66,7 +66,9 @@ class Loop:
         self.config, self.run_directory, self.workers = config, run, workers
         self.prompts, self.heldout, self.demonstrations = prompts, heldout, demonstrations
         self.metrics, self.clock, self.say = metrics, clock, say
-        self.params = SamplingParams(config.rollout.max_response_tokens, config.rollout.temperature)
+        self.params = SamplingParams(
+            config.rollout.max_response_tokens, config.rollout.temperature, num_topk=config.objective.needed_topk
+        )
         self.policy_version = 0
         self.num_tokens = {"generate": 0, "train": 0}
         self.reward_failures = 0
@@ -128,6 +130,9 @@ class Loop:
             if self.config.objective.anchor == "recompute":
                 old = self.workers.ranks.call("compute_logprobs", samples)[0]
                 samples = [replace(sample, old_logprobs=old[sample.sample_id]) for sample in samples]
+            if self.config.objective.kl_ref is not None:
+                ref = self.workers.ranks.call("compute_reference_logprobs", samples)[0]
+                samples = [replace(sample, reference_logprobs=ref[sample.sample_id]) for sample in samples]
             report = self.workers.ranks.call("train_step", samples)[0]
         self.policy_version = report.policy_version
         self.num_tokens["train"] += report.num_tokens
@@ -156,6 +161,9 @@ class Loop:
         if warmup is not None:
             with self.clock.phase("warmup"):
                 metrics |= warm_up(warmup, self.config.run.seed, self.demonstrations, self.workers.ranks, self.say)
+                if self.config.objective.kl_ref is not None:
+                    source = Path(self.config.model.hf_path)
+                    self.workers.ranks.call("write_hf", self.run_directory.reference, source)
             self.publish()
         metrics |= self.evaluate(0)
         if metrics:
@@ -168,6 +176,8 @@ class Loop:
     def resume(self, checkpoint: Path, progress: Progress) -> int:
         """Everything as it was when the checkpoint was saved. Returns the first step to do."""
         with self.clock.phase("checkpoint"):
+            if self.config.warmup is not None and self.config.objective.kl_ref is not None:
+                self.workers.ranks.call("load_reference", self.run_directory.reference)
             self.workers.ranks.call("load_checkpoint", checkpoint / TRAINER_FILES)
         self.prompts.load_state_dict(progress.prompt_stream)
         self.policy_version = progress.policy_version

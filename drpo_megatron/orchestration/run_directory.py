@@ -4,6 +4,7 @@
             metrics.jsonl, training.png, summary.json
             logs/<process>.log               output of every process
             checkpoints/step_000040/         trainer files and driver.json
+            reference/                       the policy after the warm-up, when objective.kl_ref refers to it
             hf/                              the trained model as a Hugging Face checkpoint
 
 A checkpoint is written under a temporary name and renamed when all of it is on the disk, so a directory named
@@ -56,6 +57,7 @@ class RunDirectory:
         self.config_file = path / "config.yaml"
         self.logs = path / "logs"
         self.checkpoints = path / "checkpoints"
+        self.reference = path / "reference"
         self.hf = path / "hf"
         self.summary_file = path / "summary.json"
 
@@ -63,11 +65,6 @@ class RunDirectory:
     def create(cls, config: Config) -> RunDirectory:
         """A new directory with the resolved configuration. ValueError when there is a run in it."""
         run = cls(planned_path(config))
-        if run.config_file.exists() or run.checkpoints.exists():
-            raise ValueError(
-                f"{run.path} holds another run; give another run.run_dir, or continue it: "
-                f"drpo-megatron train --resume {run.path}"
-            )
         run.logs.mkdir(parents=True, exist_ok=True)
         save_config(config, run.config_file)
         return run
@@ -136,10 +133,15 @@ class RunDirectory:
 
 
 def planned_path(config: Config) -> Path:
-    """`run.run_dir`, or `<output_dir>/<name>-<stamp>`."""
-    if config.run.run_dir is not None:
-        return Path(config.run.run_dir)
-    return Path(config.run.output_dir) / f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """`run.run_dir`, or `<output_dir>/<name>-<stamp>`. ValueError when there is a run in it."""
+    stamped = f"{config.run.output_dir}/{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = RunDirectory(Path(config.run.run_dir or stamped))
+    if run.config_file.exists() or run.checkpoints.exists():
+        raise ValueError(
+            f"{run.path} holds another run; give another run.run_dir, or continue it: "
+            f"drpo-megatron train --resume {run.path}"
+        )
+    return run.path
 
 
 def versions() -> dict[str, str]:

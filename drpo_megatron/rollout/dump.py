@@ -34,11 +34,12 @@ def group_from_dict(fields: dict[str, Any], place: str) -> RolloutGroup:
         prompt, completions = fields["prompt"], fields["completions"]
         return RolloutGroup(
             prompt=Prompt(**prompt | {"token_ids": tuple(prompt["token_ids"])}),
-            completions=tuple(
-                Completion(**c | {"token_ids": tuple(c["token_ids"]), "logprobs": tuple(c["logprobs"])})
-                for c in completions
-            ),
+            completions=tuple(Completion(**{name: _tuples(value) for name, value in c.items()}) for c in completions),
             rewards=tuple(fields["rewards"]),
         )
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{place} is not a rollout group: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

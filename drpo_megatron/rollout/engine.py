@@ -19,6 +19,8 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
+    num_topk: int = 0
+    """How many of the most probable tokens to report with every draw. Has no influence on the draw."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,8 @@ def to_samples(groups: Sequence[RolloutGroup], advantages: AdvantageName) -> lis
                         behavior_logprobs=completion.logprobs,
                         advantage=advantage,
                         policy_version=completion.policy_version,
+                        topk_ids=completion.topk_ids,
+                        topk_behavior_logprobs=completion.topk_logprobs,
                     )
                 )
     return samples

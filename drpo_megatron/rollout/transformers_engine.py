@@ -82,6 +82,8 @@ class TransformersEngine:
         rows = torch.arange(len(requests), device=self.device)
         drawn: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
+        topk_ids: list[list[tuple[int, ...]]] = [[] for _ in requests]
+        topk_logprobs: list[list[tuple[float, ...]]] = [[] for _ in requests]
         stopped = [False] * len(requests)
         cache = DynamicCache(config=self.model.config)
         for step in range(params.max_response_tokens):
@@ -92,7 +94,13 @@ class TransformersEngine:
                 past_key_values=cache,
                 logits_to_keep=1,
             ).logits[:, -1]
-            chosen, chosen_logprobs = sample(logits, uniforms[:, step], params)
+            distribution = log_distribution(logits, params)
+            chosen, chosen_logprobs = draw(distribution, uniforms[:, step], params)
+            if params.num_topk:
+                top = distribution.topk(params.num_topk, dim=1)
+                for row, ids, values in zip(rows.tolist(), top.indices.tolist(), top.values.tolist(), strict=True):
+                    topk_ids[row].append(tuple(ids))
+                    topk_logprobs[row].append(tuple(values))
             is_stop = torch.isin(chosen, stop)
             for row, token, logprob, ends in zip(
                 rows.tolist(), chosen.tolist(), chosen_logprobs.tolist(), is_stop.tolist(), strict=True
@@ -118,6 +126,8 @@ class TransformersEngine:
                 finish_reason="stop" if stopped[row] else "length",
                 text=self.tokenizer.decode(drawn[row], skip_special_tokens=True),
                 policy_version=self.policy_version,
+                topk_ids=tuple(topk_ids[row]) if params.num_topk else None,
+                topk_logprobs=tuple(topk_logprobs[row]) if params.num_topk else None,
             )
             for row in range(len(requests))
         ]
@@ -155,15 +165,11 @@ class TransformersEngine:
         self.policy_version = policy_version
 
 
-def sample(logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token a row by inverse CDF, and its log-prob under the distribution drawn from.
+def log_distribution(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """[B, V] FP32 natural log-probs to draw from, given logits [B, V].
 
-    Args:
-        logits: [B, V]. uniforms: [B] FP64 in [0, 1).
-
-    Returns:
-        Tokens [B] int64 and natural log-probs [B] FP32: of softmax(logits / T), renormalised over the tokens that top-k
-        and top-p leave. Temperature 0 is greedy, with the log-prob at T = 1.
+    They are those of softmax(logits / T), renormalised over the tokens that top-k and top-p leave. Temperature 0 is
+    greedy, with the log-probs at T = 1.
     """
     scaled = logits.float() / (params.temperature or 1.0)
     if params.top_k > 0:
@@ -173,14 +179,22 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams)
         ordered, order = scaled.softmax(1).sort(dim=1, descending=True)
         outside = ordered.cumsum(1) - ordered >= params.top_p
         scaled = scaled.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -torch.inf)
-    log_probs = scaled.log_softmax(1)
+    return scaled.log_softmax(1)
+
+
+def draw(log_probs: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row by inverse CDF: ids [B] int64 and their log-probs [B], from log_probs [B, V].
+
+    Args:
+        uniforms: [B] FP64 in [0, 1).
+    """
     if params.temperature == 0:
         chosen = log_probs.argmax(1)
     else:
         cumulative = log_probs.double().exp().cumsum(1)
         # Scaled by the sum, so that rounding can't leave a draw beyond the last token; never a token of probability 0.
         chosen = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True).squeeze(1)
-        chosen = chosen.clamp(max=logits.shape[1] - 1)
+        chosen = chosen.clamp(max=log_probs.shape[1] - 1)
     return chosen, log_probs.gather(1, chosen[:, None]).squeeze(1)
 
 

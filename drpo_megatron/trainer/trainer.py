@@ -33,6 +33,7 @@ from drpo_megatron.objectives import build as build_objective
 from drpo_megatron.objectives.aggregation import token_weights
 from drpo_megatron.trainer import setup
 from drpo_megatron.trainer.platform import activate, optimizer_scope
+from drpo_megatron.trainer.reference import ReferenceWeights
 from drpo_megatron.trainer.vocab_parallel import vocab_parallel_logprobs, vocab_parallel_policy_loss
 from drpo_megatron.types import PackedBatch, Sample, StepReport
 
@@ -63,12 +64,16 @@ class Trainer:
         tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path, local_files_only=True, trust_remote_code=False)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.chunks = setup.build_model(config, self.family, self.hf_config, self.layout, self.platform)
-        self._load_initial_weights()
+        self._load_weights(Path(config.model.hf_path))
         self.objective = build_objective(config.objective)
         self.supervised_objective = build_objective({"name": "sft"})
         self.policy_version = 0
         self.num_rollouts = 0
         self.is_warming_up = config.warmup is not None
+        self.reference: ReferenceWeights | None = None
+        """The policy at the start of RL, if the objective has a KL term to it. A warm-up comes before."""
+        if not self.is_warming_up:
+            self._freeze_reference()
         self._build_optimizer()
 
     # --- training ---------------------------------------------------------------------------------------------------
@@ -78,8 +83,9 @@ class Trainer:
         return self._report([self._optimizer_step(samples, self.supervised_objective, "token-mean")])
 
     def start_rl(self) -> None:
-        """After the warm-up: a fresh optimizer state and the RL schedule."""
+        """After the warm-up: a fresh optimizer state and the RL schedule. The policy as it is becomes the reference."""
         self.is_warming_up = False
+        self._freeze_reference()
         self._build_optimizer()
 
     def train_step(self, samples: Sequence[Sample]) -> StepReport:
@@ -117,8 +123,15 @@ class Trainer:
             mine |= unpack_token_values(whole, self._gather_context_parallel(whole, local))
         everyone: list[dict[str, list[float]]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, mine)
-        merged = {name: tuple(values) for part in everyone for name, values in part.items()}
+        merged = {name: tuple(values) for part in everyone for name, values in part.items() if values}
         return {sample.sample_id: merged[sample.sample_id] for sample in samples}
+
+    def compute_reference_logprobs(self, samples: Sequence[Sample]) -> dict[str, tuple[float, ...]]:
+        """`compute_logprobs` under the reference weights. ValueError when there are none (no kl_ref, or warming up)."""
+        if self.reference is None:
+            raise ValueError("there is no reference policy: it needs objective.kl_ref, and the warm-up to be over")
+        with self.reference.in_place():
+            return self.compute_logprobs(samples)
 
     def _optimizer_step(self, samples: Sequence[Sample], objective: Any, aggregation: str) -> dict[str, Statistic]:
         trainer = self.config.trainer
@@ -140,7 +153,11 @@ class Trainer:
                 there(batch.weights),
                 objective=objective,
                 old_logprobs=there(batch.old_logprobs),
+                reference_logprobs=there(batch.reference_logprobs),
                 sequence_ids=there(batch.sequence_ids),
+                topk_ids=there(batch.topk_ids),
+                topk_behavior_logprobs=there(batch.topk_behavior_logprobs),
+                low_memory=trainer.loss_low_memory,
                 entropy_coef=0.0 if objective is self.supervised_objective else trainer.entropy_coef,
                 bad_behavior=trainer.bad_behavior,
                 log_ratio_max=trainer.log_ratio_max,
@@ -181,6 +198,14 @@ class Trainer:
 
         yield from export_hf_weights(self.chunks, self.hf_config, self.layout.groups)
 
+    def load_reference(self, directory: Path) -> None:
+        """Take the reference weights from a Hugging Face checkpoint: for a run that resumes after its warm-up.
+
+        Leaves the model with them, so `load_checkpoint` comes after it.
+        """
+        self._load_weights(directory)
+        self._freeze_reference()
+
     def save_checkpoint(self, directory: Path) -> None:
         """Model, optimizer, schedule and counters, distributed over all ranks. The caller renames when all returned."""
         from drpo_megatron.checkpoint.megatron import save_checkpoint
@@ -208,11 +233,15 @@ class Trainer:
 
     # --- inside ---------------------------------------------------------------------------------------------------------
 
-    def _load_initial_weights(self) -> None:
+    def _load_weights(self, hf_path: Path) -> None:
         from drpo_megatron.trainer.weights import load_hf_weights
 
-        checkpoint = HFCheckpoint(self.config.model.hf_path)
+        checkpoint = HFCheckpoint(hf_path)
         load_hf_weights(self.chunks, self.hf_config, checkpoint.get, self.layout.groups, names=checkpoint.names())
+
+    def _freeze_reference(self) -> None:
+        if self.objective.needs_reference_logprobs:
+            self.reference = ReferenceWeights(self.chunks)
 
     def _build_optimizer(self) -> None:
         config = self.config
@@ -246,16 +275,19 @@ class Trainer:
             multiple_of=parallel.pipeline if parallel.virtual_pipeline else 1,
         )
 
+        # A micro-batch without samples gets one of weight 0: it then has the vectors that the other ranks' have.
+        filler = [min(range(len(samples)), key=lengths.__getitem__)]
+
         def padded(micro_batch: Sequence[int]) -> int:
-            tokens = max(sum(lengths[i] for i in micro_batch), 1)
+            tokens = sum(lengths[i] for i in micro_batch or filler)
             return math.ceil(tokens / layout.length_multiple) * layout.length_multiple
 
         # Stages of a pipeline receive activations into buffers of one shape, so there all micro-batches are as long.
         common = max(padded(m) for rank in plan for m in rank) if parallel.pipeline > 1 else None
         whole = [
             pack(
-                [samples[i] for i in micro_batch],
-                [weights[i] for i in micro_batch],
+                [samples[i] for i in micro_batch or filler],
+                [weights[i] for i in micro_batch] or [0.0],
                 pad_id=self.pad_id,
                 length_multiple=layout.length_multiple,
                 sequence_multiple=unit,
@@ -283,10 +315,13 @@ class Trainer:
         )
 
     def _scale_aux_loss(self, num_tokens: int) -> None:
-        """Megatron multiplies the load-balancing loss by a micro-batch's tokens and divides by all of them at the end;
-        our finalize doesn't divide, so the coefficient carries the division."""
+        """Megatron multiplies the load-balancing loss of a micro-batch by this rank's tokens of it, and divides by all
+        tokens at the end. Our finalize doesn't divide, so the coefficient carries the division, and the factor by which
+        a micro-batch has more tokens than each of the ranks that share it (whose gradients are summed)."""
         if self.config.model.moe_aux_loss_coeff:
-            self.chunks[0].config.moe_aux_loss_coeff = self.config.model.moe_aux_loss_coeff / num_tokens
+            num_shares = self.config.parallel.tensor * self.config.parallel.context
+            scale = num_shares / num_tokens
+            self.chunks[0].config.moe_aux_loss_coeff = self.config.model.moe_aux_loss_coeff * scale
 
     def _gather_context_parallel(self, whole: PackedBatch, local: torch.Tensor) -> torch.Tensor:
         """Per-token values of this context-parallel rank's rows -> those of the whole micro-batch, [T]."""

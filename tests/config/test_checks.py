@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from drpo_megatron.config import save_config
-from drpo_megatron.config.checks import check_config
+from drpo_megatron.config.checks import check_config, check_evaluation
 from drpo_megatron.config.hf_config import KNOWN_MODEL_TYPES, HFModelConfig, read_hf_config
 from drpo_megatron.config.sections import Config
 
@@ -155,8 +155,6 @@ def test_a_dense_model_may_have_tensor_parallelism_without_sequence_parallelism(
             "max_position_embeddings=256",
         ),
         ({"parallel": {"num_ranks": 16}}, "are 8 a step, fewer than the 16 data-parallel ranks"),
-        ({"objective": {"name": "dppo", "divergence": "topk_tv", "delta": 0.1}}, "objective.divergence=topk_tv"),
-        ({"objective": {"name": "grpo", "kl_ref": {"coef": 0.1}}}, "objective.kl_ref with coef=0.1"),
         ({"objective": {"name": "gspo"}, "parallel": {"num_ranks": 2, "context": 2}}, "objective.name=gspo"),
         (
             {
@@ -197,6 +195,18 @@ def test_warm_up_batches_smaller_than_data_parallelism_are_refused(directory: Pa
 
 def test_sequence_level_objectives_run_without_context_parallelism(directory: Path) -> None:
     assert check_config(config(objective={"name": "gspo"})) == []
+
+
+def test_scoring_checks_what_it_reads_and_nothing_else(directory: Path) -> None:
+    (directory / "heldout.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n')
+    data = {"train": "nowhere.jsonl", "heldout": "heldout.jsonl"}
+    check_evaluation(config(data=data, trainer={"max_tokens_per_micro_batch": 1}))
+    bad = config(data=data | {"heldout": "nowhere.jsonl"}, rollout={"max_response_tokens": 256})
+    (directory / "model" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="this model can't be scored: 3 problems") as raised:
+        check_evaluation(bad)
+    for name in ("data.heldout: nowhere.jsonl", "rollout.max_response_tokens=256", "has no tokenizer"):
+        assert name in str(raised.value)
 
 
 def test_files_that_are_missing_or_empty_are_all_named(directory: Path) -> None:

@@ -97,6 +97,27 @@ def test_old_logprobs_are_all_or_none() -> None:
     assert batch.old_logprobs.tolist() == [-1.0, 0, 0]
 
 
+def test_vectors_that_samples_may_carry_stand_at_their_targets() -> None:
+    vectors = dict(reference_logprobs=(-3.0, -4.0), topk_ids=((3, 9), (8, 4)))
+    first = sample("a", (1, 2), (3, 4), topk_behavior_logprobs=((-3.0, -9.0), (-8.0, -4.0)), **vectors)
+    second = sample("b", (5,), (6,), reference_logprobs=(-6.0,), topk_ids=((6, 7),), topk_behavior_logprobs=((-6, -7),))
+    batch = pack([first, second], [1.0, 1.0], pad_id=PAD, length_multiple=4, sequence_multiple=4)
+    assert batch.targets.tolist() == [-100, 3, 4, -100, 6, -100, -100, -100]
+    assert batch.reference_logprobs is not None and batch.topk_ids is not None
+    assert batch.reference_logprobs.tolist() == [0, -3, -4, 0, -6, 0, 0, 0]
+    assert batch.topk_ids.tolist() == [[0, 0], [3, 9], [8, 4], [0, 0], [6, 7], [0, 0], [0, 0], [0, 0]]
+    assert batch.topk_behavior_logprobs is not None
+    assert torch.equal(batch.topk_behavior_logprobs, -batch.topk_ids.float())
+    assert batch.old_logprobs is None
+    # Two context-parallel ranks have positions 0 and 3, and 1 and 2, of either sequence.
+    inner = context_parallel_slice(batch, 1, 2)
+    assert inner.reference_logprobs is not None and inner.topk_ids is not None
+    assert inner.reference_logprobs.tolist() == [-3, -4, 0, 0]
+    assert inner.topk_ids.tolist() == [[3, 9], [8, 4], [0, 0], [0, 0]]
+    assert inner.topk_behavior_logprobs is not None
+    assert torch.equal(inner.topk_behavior_logprobs, -inner.topk_ids.float())
+
+
 def test_total_length_must_hold_the_samples() -> None:
     with pytest.raises(ValueError, match="total_length=2 must be .* at least 4"):
         pack([sample("a", (1,), (2, 3))], [1.0], pad_id=PAD, length_multiple=2, sequence_multiple=1, total_length=2)

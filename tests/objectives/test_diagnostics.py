@@ -88,6 +88,16 @@ def test_with_old_logprobs_mismatch_and_drift_are_told_apart() -> None:
     assert values["drift/k3"] > 5 * values["mismatch/k3"]  # 0.3 of noise against 0.05
 
 
+def test_the_distance_to_the_reference_is_estimated_over_all_tokens() -> None:
+    inputs = _inputs(5000)
+    assert (inputs.advantages == 0).any()
+    reference = inputs.logprobs - 0.3 * torch.randn(5000, generator=torch.Generator().manual_seed(1))
+    values = _values(replace(inputs, reference_logprobs=reference))
+    log_ratio = (inputs.logprobs.double() - reference.double()).numpy()
+    assert values["policy/kl_ref/k1"] == pytest.approx(log_ratio.mean(), rel=1e-4)
+    assert values["policy/kl_ref/k3"] == pytest.approx((np.exp(-log_ratio) - 1 + log_ratio).mean(), rel=1e-4)
+
+
 def test_clipped_share_counts_tokens_without_a_gradient() -> None:
     inputs = _inputs(5000)
     outputs = build({"name": "grpo"})(inputs)

@@ -16,9 +16,13 @@ from tests.orchestration import command
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The working directory of a finished run of four steps, with its checkpoints of steps 2 and 4."""
+    """The working directory of a finished run of four steps, with its checkpoints of steps 2 and 4.
+
+    Its objective asks for all that can travel with a sample: the engine's top tokens and a reference policy.
+    """
     directory = tmp_path_factory.mktemp("finished")
-    command.prepare(directory)
+    objective = {"name": "dppo", "divergence": "topk_kl", "delta": 0.05, "num_topk": 4, "kl_ref": {"coef": 0.05}}
+    command.prepare(directory, objective=objective, trainer={"loss_low_memory": True})
     code, output = command.run(directory, "train", "run.yaml")
     assert code == 0, output
     return directory
@@ -46,6 +50,14 @@ def test_the_engine_draws_with_the_trainers_weights(finished: Path) -> None:
     assert max(shifts) < 1e-4
     # Later optimiser steps of a rollout move pi away from mu: had nothing been trained, this would be small, too.
     assert max(row["shift/abs_prob_shift/max"] for row in command.metrics(finished / "run")[1:]) > 1e-3
+
+
+def test_the_policy_leaves_the_reference_where_the_warm_up_left_it(finished: Path) -> None:
+    k3 = [row["policy/kl_ref/k3"] for row in command.metrics(finished / "run")[1:]]
+    assert 0 < k3[0] < k3[3]
+    # The reference is what the warm-up made of the checkpoint, which the engine drew the first rollout from.
+    trained, initial = (load_file(finished / path / "model.safetensors") for path in ("run/reference", "model"))
+    assert any(not torch.equal(trained[name], initial[name]) for name in trained)
 
 
 def test_transformers_loads_the_trained_model(finished: Path) -> None:

@@ -56,6 +56,16 @@ def test_samples_carry_their_groups_centred_rewards() -> None:
     assert (third.behavior_logprobs, third.policy_version) == ((-(0.1 + 0.2), -1 / 3), 7)
 
 
+def test_the_engines_top_tokens_reach_the_samples_and_the_file(tmp_path: Path) -> None:
+    ids, logprobs = ((5, 7), (9, 0)), ((-0.1, -1 / 3), (-0.5, -1.5))
+    completion = Completion((5, 1), (-0.1, -2.0), "stop", "5 1", 3, topk_ids=ids, topk_logprobs=logprobs)
+    groups = [RolloutGroup(PROMPTS[1], (completion, completion), (0.0, 1.0))]
+    sample = to_samples(groups, "group_mean")[0]
+    assert (sample.topk_ids, sample.topk_behavior_logprobs) == (ids, logprobs)
+    write_rollout(tmp_path / "rollout.jsonl", 1, groups)
+    assert read_rollout(tmp_path / "rollout.jsonl")[1] == groups
+
+
 def test_an_empty_completion_counts_in_its_group_but_is_not_trained() -> None:
     empty = Completion((), (), "abort", "", 0)
     full = group(PROMPTS[0], (1.0,)).completions[0]

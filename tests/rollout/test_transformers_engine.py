@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from drpo_megatron.checkpoint.hf import HFCheckpoint, tensor_checksum
 from drpo_megatron.config.sections import TransformersEngineSection
 from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
-from drpo_megatron.rollout.transformers_engine import TransformersEngine, sample
+from drpo_megatron.rollout.transformers_engine import TransformersEngine, draw, log_distribution
 from tests.tiny import VOCAB, save_checkpoint, tiny_dense_config, tiny_moe_config
 
 EOS = VOCAB - 2
@@ -52,6 +52,20 @@ def test_behavior_logprobs_are_those_of_one_full_forward_pass(
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_top_tokens_are_those_of_transformers_full_softmax(engine: TransformersEngine, hf_path: Path) -> None:
+    model, asked, temperature = AutoModelForCausalLM.from_pretrained(hf_path), requests(12), 1.3
+    completions = engine.generate(asked, SamplingParams(20, temperature, num_topk=6))
+    assert completions[0].token_ids == engine.generate(asked, SamplingParams(20, temperature))[0].token_ids
+    for request, completion in zip(asked, completions, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*request.prompt_ids, *completion.token_ids]])).logits[0]
+        expected = (logits[len(request.prompt_ids) - 1 : -1] / temperature).log_softmax(-1)
+        got = torch.tensor(completion.topk_logprobs)
+        assert got.shape == (len(completion.token_ids), 6)
+        torch.testing.assert_close(got, expected.topk(6).values, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(expected.gather(1, torch.tensor(completion.topk_ids)), got, rtol=1e-4, atol=1e-4)
+
+
 def test_eos_is_drawn_trained_and_last(engine: TransformersEngine) -> None:
     completions = engine.generate(requests(200), SamplingParams(30, 1.5))
     reasons = Counter(completion.finish_reason for completion in completions)
@@ -86,11 +100,13 @@ def test_first_tokens_follow_the_softmax(engine: TransformersEngine, hf_path: Pa
 def test_top_k_and_top_p_report_the_renormalised_probability() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(1000, 1)
     uniforms = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
-    tokens, logprobs = sample(logits, uniforms, SamplingParams(1, top_k=2))
+    params = SamplingParams(1, top_k=2)
+    tokens, logprobs = draw(log_distribution(logits, params), uniforms, params)
     kept = logits[0, :2].log_softmax(-1)
     assert set(tokens.tolist()) == {0, 1}
     torch.testing.assert_close(logprobs, kept[tokens])
-    tokens, logprobs = sample(logits, uniforms, SamplingParams(1, top_p=0.7))  # p = .64, .24, ...: the first two
+    params = SamplingParams(1, top_p=0.7)  # p = .64, .24, ...: the first two
+    tokens, logprobs = draw(log_distribution(logits, params), uniforms, params)
     assert set(tokens.tolist()) == {0, 1}
     torch.testing.assert_close(logprobs, kept[tokens])
     assert abs((tokens == 0).double().mean().item() - kept[0].exp().item()) < 2e-3
