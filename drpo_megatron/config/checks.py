@@ -60,6 +60,16 @@ def check_evaluation(config: Config) -> None:
         raise ValueError(listed("this model can't be scored", problems))
 
 
+def layout_problems(config: Config, model: HFModelConfig) -> list[str]:
+    """Why this layout can't train this model, as far as numbers tell: what the planner has to respect."""
+    return [
+        *_rank_problems(config.parallel),
+        *_model_problems(config.parallel, model),
+        *_batch_problems(config),
+        *_context_problems(config, model),
+    ]
+
+
 # --- files --------------------------------------------------------------------------------------------------------
 
 
