@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeTextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -37,6 +41,18 @@ _SHAPE: dict[str, Any] = dict(
     tie_word_embeddings=False,
 )
 
+_QWEN3_5: dict[str, Any] = {name: _SHAPE[name] for name in _SHAPE.keys() - {"intermediate_size", "rope_theta"}} | dict(
+    rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=12,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=24,
+    shared_expert_intermediate_size=20,
+)
+
 
 def tiny_moe_config(**changes: Any) -> Qwen3MoeConfig:
     return Qwen3MoeConfig(
@@ -57,10 +73,25 @@ def tiny_mixtral_config(**changes: Any) -> MixtralConfig:
     return MixtralConfig(**(_SHAPE | dict(num_local_experts=4, num_experts_per_tok=2) | changes))
 
 
+def tiny_qwen3_5_text_config(**changes: Any) -> Qwen3_5MoeTextConfig:
+    """Three gated delta nets of 2 key and 4 value heads, then gated attention that rotates a quarter of 16 channels."""
+    return Qwen3_5MoeTextConfig(**(_QWEN3_5 | changes))
+
+
+def tiny_qwen3_5_config(**changes: Any) -> Qwen3_5MoeConfig:
+    """The same text model, and a vision tower beside it."""
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, patch_size=2)
+    return Qwen3_5MoeConfig(text_config=_QWEN3_5 | changes, vision_config=vision | {"num_position_embeddings": 16})
+
+
 def save_checkpoint(directory: Path, hf_config: Any, seed: int = 0) -> Path:
-    """A random model of `hf_config`, FP32, with a word-level tokenizer; norms and biases are random, too."""
+    """A random model of `hf_config`, FP32, with a word-level tokenizer; norms and biases are random, too.
+
+    A `qwen3_5_moe` is written as it is published: experts stacked, vision and multi-token prediction beside them.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(hf_config)
+    is_published = hf_config.model_type == "qwen3_5_moe"
+    model = (Qwen3_5MoeForConditionalGeneration if is_published else AutoModelForCausalLM.from_config)(hf_config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -68,6 +99,10 @@ def save_checkpoint(directory: Path, hf_config: Any, seed: int = 0) -> Path:
             elif name.endswith("bias"):
                 parameter.uniform_(-0.5, 0.5)
     model.save_pretrained(directory)
+    if is_published:
+        mtp = {"mtp.fc.weight": torch.randn(32, 64), "mtp.layers.0.mlp.experts.0.up_proj.weight": torch.randn(24, 32)}
+        save_file(model.state_dict() | mtp, Path(directory, "model.safetensors"), metadata={"format": "pt"})
+    hf_config = hf_config.get_text_config()
     words = {f"t{i}": i for i in range(hf_config.vocab_size - 3)}
     words |= {"<pad>": hf_config.vocab_size - 3, "<eos>": hf_config.vocab_size - 2, "<unk>": hf_config.vocab_size - 1}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-KNOWN_MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "mixtral")
+KNOWN_MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text", "mixtral")
 """The families in `drpo_megatron.models`, which this module is too low to import. A test keeps the two equal."""
 
 _NAMES_OF_NUM_EXPERTS = ("num_experts", "num_local_experts")
 """As Qwen publishes it, and as Mixtral does and transformers 5 writes it."""
-_EXPERT_SIZE = {"qwen3_moe": "moe_intermediate_size", "mixtral": "intermediate_size"}
+_EXPERT_SIZE = {
+    "qwen3_moe": "moe_intermediate_size",
+    "qwen3_5_moe": "moe_intermediate_size",
+    "qwen3_5_moe_text": "moe_intermediate_size",
+    "mixtral": "intermediate_size",
+}
 """What a family with experts calls the inner size of one; without an entry a family is dense."""
 
 
@@ -30,6 +35,10 @@ class HFModelConfig:
     """Inner size of an expert. None: a dense model."""
     intermediate_size: int | None
     """Inner size of a dense MLP. None: every layer has experts."""
+    shared_expert_intermediate_size: int | None = None
+    """None: there is no shared expert."""
+    linear_num_key_heads: int | None = None
+    """Of a gated delta net. None: every layer is attention."""
 
 
 def read_hf_config(directory: str | os.PathLike[str]) -> HFModelConfig:
@@ -46,6 +55,8 @@ def read_hf_config(directory: str | os.PathLike[str]) -> HFModelConfig:
             f"{file}: model_type={model_type!r} is not supported; the supported ones are {', '.join(KNOWN_MODEL_TYPES)}"
         )
 
+    fields = fields.get("text_config", fields)  # Of a model that also sees, the part that reads and writes.
+
     def number(*names: str) -> int:
         name = next((name for name in names if name in fields), names[0])
         value = fields.get(name)
@@ -54,6 +65,7 @@ def read_hf_config(directory: str | os.PathLike[str]) -> HFModelConfig:
             raise ValueError(f"{file}: {name} {found}; it must be a positive integer")
         return value
 
+    is_hybrid = model_type.startswith("qwen3_5_moe")
     expert_size = _EXPERT_SIZE.get(model_type)
     has_dense_layers = expert_size is None or (model_type == "qwen3_moe" and _has_dense_layers(fields))
     return HFModelConfig(
@@ -65,6 +77,8 @@ def read_hf_config(directory: str | os.PathLike[str]) -> HFModelConfig:
         num_experts=number(*_NAMES_OF_NUM_EXPERTS) if expert_size else None,
         moe_intermediate_size=number(expert_size) if expert_size else None,
         intermediate_size=number("intermediate_size") if has_dense_layers else None,
+        shared_expert_intermediate_size=number("shared_expert_intermediate_size") if is_hybrid else None,
+        linear_num_key_heads=number("linear_num_key_heads") if is_hybrid else None,
     )
 
 

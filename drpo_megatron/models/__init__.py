@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from drpo_megatron.models import mixtral, qwen2, qwen3, qwen3_moe
+from drpo_megatron.models import mixtral, qwen2, qwen3, qwen3_5_moe, qwen3_moe
 from drpo_megatron.models.family import Family, HFConfig, typed_config
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, mixtral.FAMILY)
+    family.model_type: family
+    for family in (
+        qwen2.FAMILY,
+        qwen3.FAMILY,
+        qwen3_moe.FAMILY,
+        qwen3_5_moe.FAMILY,
+        qwen3_5_moe.TEXT_FAMILY,
+        mixtral.FAMILY,
+    )
 }
 
 

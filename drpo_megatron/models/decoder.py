@@ -27,7 +27,7 @@ def megatron_config(config: HFConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_attention_heads,
         "num_query_groups": config.num_key_value_heads,
         "kv_channels": head_dim(config),
-        "ffn_hidden_size": config.intermediate_size,
+        "ffn_hidden_size": getattr(config, "intermediate_size", None),  # None: no layer is dense.
         "normalization": "RMSNorm",
         "layernorm_epsilon": config.rms_norm_eps,
         "qk_layernorm": True,

@@ -3,7 +3,8 @@
 The two layer specs agree but for these:
 
     local (torch) layers                               Transformer Engine layers
-    input_layernorm.weight                             self_attention.linear_qkv.layer_norm_weight
+    input_layernorm.weight                             self_attention.linear_qkv.layer_norm_weight (attention)
+                                                       self_attention.in_proj.layer_norm_weight (gated delta net)
     pre_mlp_layernorm.weight                           mlp.linear_fc1.layer_norm_weight (dense layers)
     mlp.experts.local_experts.E.linear_fc1.weight      mlp.experts.linear_fc1.weightE
 """
@@ -20,6 +21,7 @@ _SEQUENTIAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc
 _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)")
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.in_proj.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 

@@ -21,12 +21,27 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm whose weight is marked for the gradient all-reduce of sequence parallelism.
 
-    transformer/torch_norm.py refuses sequence parallelism because torch's norm carries no such mark.
+    transformer/torch_norm.py refuses sequence parallelism because torch's norm carries no such mark. Zero-centred norms
+    scale by 1 + weight, in FP32, as Qwen3.5's do.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        zero_centered: bool | None = None,
+        **unused: Any,
+    ) -> None:
+        """`zero_centered`: None asks the config."""
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.zero_centered = config.layernorm_zero_centered_gamma if zero_centered is None else zero_centered
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.zero_centered:
+            return super().forward(x)
+        return F.rms_norm(x.float(), self.normalized_shape, 1.0 + self.weight.float(), self.eps).type_as(x)
 
 
 @dataclass
@@ -96,7 +111,7 @@ class PackedAttention(MegatronModule):
         if cp_size == 1:
             inside = (sequence, position)
             context = F.scaled_dot_product_attention(
-                *(_rectangle(x, inside, shape) for x in (query, key, value)),
+                *(_by_head(x, inside, shape) for x in (query, key, value)),
                 is_causal=True,
                 scale=self.scale,
                 enable_gqa=True,
@@ -108,7 +123,7 @@ class PackedAttention(MegatronModule):
             mine = torch.empty_like(rows)
             mine[rows] = torch.arange(len(rows), device=rows.device)
             mine = mine[rank * num_mine : (rank + 1) * num_mine]
-            keys = _rectangle(key, (sequence, position), shape), _rectangle(value, (sequence, position), shape)
+            keys = _by_head(key, (sequence, position), shape), _by_head(value, (sequence, position), shape)
             # A query sits at the place of its local row; its true position is in the mask.
             local_start = (packed.cu_seqlens_q[:-1].long() // cp_size)[sequence[mine]]
             inside = (sequence[mine], torch.arange(num_mine, device=rows.device) - local_start)
@@ -116,14 +131,19 @@ class PackedAttention(MegatronModule):
             true_position = position.new_zeros(shape[0], width).index_put(inside, position[mine])
             mask = (true_position[:, :, None] >= torch.arange(shape[1], device=rows.device)).unsqueeze(1)
             context = F.scaled_dot_product_attention(
-                _rectangle(query, inside, (shape[0], width)), *keys, attn_mask=mask, scale=self.scale, enable_gqa=True
+                _by_head(query, inside, (shape[0], width)), *keys, attn_mask=mask, scale=self.scale, enable_gqa=True
             )
         return context.transpose(1, 2)[inside].flatten(1)
 
 
-def _rectangle(rows: torch.Tensor, inside: tuple[torch.Tensor, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-    """[T, heads, D] -> [S, heads, L, D], zeros where a sequence is shorter than L."""
-    return rows.new_zeros(*shape, *rows.shape[1:]).index_put(inside, rows).transpose(1, 2)
+def rectangle(rows: torch.Tensor, inside: tuple[torch.Tensor, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+    """[T, ...] -> [S, L, ...], zeros where a sequence is shorter than L."""
+    return rows.new_zeros(*shape, *rows.shape[1:]).index_put(inside, rows)
+
+
+def _by_head(rows: torch.Tensor, inside: tuple[torch.Tensor, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+    """[T, heads, D] -> [S, heads, L, D]."""
+    return rectangle(rows, inside, shape).transpose(1, 2)
 
 
 def use_torch_layers(block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:

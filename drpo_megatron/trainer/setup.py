@@ -225,6 +225,10 @@ def build_policy_models(
             from drpo_megatron.trainer.layers import use_torch_layers
 
             spec = use_torch_layers(spec)
+        if megatron_config.experimental_attention_variant == "gated_delta_net":
+            from drpo_megatron.trainer.delta_net import use_delta_nets
+
+            spec = use_delta_nets(spec, megatron_config, vp_stage, stage)
         model = PolicyModel(
             config=megatron_config,
             transformer_layer_spec=spec,
