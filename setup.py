@@ -40,6 +40,7 @@ TEST = [
     "ruff>=0.9",  # lint
     "mypy>=1.13",  # types of the lower layers
     "triton>=3.4; platform_system == 'Linux'",  # the GPU kernels, in Triton's interpreter
+    "torchao>=0.18",  # the oracle of FP8 and FP4 rounding; needs nothing but torch
 ]
 # NVIDIA's apex is used where its CUDA extensions are importable. The package called apex in the public index is another.
 GPU = ["transformer-engine[pytorch]>=2.8"]  # fused and FP8 layers
