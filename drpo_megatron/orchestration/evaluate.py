@@ -10,6 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from drpo_megatron.config import Config, load_resolved
 from drpo_megatron.config.checks import check_evaluation
+from drpo_megatron.config.sections import TransformersEngineSection
 from drpo_megatron.data.prompts import read_prompts
 from drpo_megatron.data.tokenize import load_tokenizer
 from drpo_megatron.rewards import RewardScorer
@@ -45,7 +46,9 @@ def evaluate_model(directory: Path, options: EvalOptions) -> EvalResult:
     prompts = read_prompts(config.data.heldout, load_tokenizer(config.model.hf_path), config)
     scorer = RewardScorer(config.reward)
     try:
-        engine = TransformersEngine(config.model.hf_path, config.rollout.engine)
+        section = config.rollout.engine
+        embedded = section if isinstance(section, TransformersEngineSection) else TransformersEngineSection()
+        engine = TransformersEngine(config.model.hf_path, embedded)
         params = SamplingParams(config.rollout.max_response_tokens, config.eval.temperature)
         chosen = prompts if options.prompts else prompts[: config.eval.max_prompts]
         return evaluate_prompts(engine, scorer, chosen, config.eval.samples_per_prompt, params, config.run.seed)

@@ -8,9 +8,7 @@ SPMD: every method is called on all ranks at once with the same arguments.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from drpo_megatron.checkpoint.hf import HFCheckpoint
 from drpo_megatron.config.sections import Config, OptimizerSection
-from drpo_megatron.data.packing import (
-    assign_micro_batches,
-    context_parallel_slice,
-    pack,
-    split_optimizer_steps,
-    unpack_token_values,
-)
+from drpo_megatron.data.packing import split_optimizer_steps, unpack_token_values
 from drpo_megatron.metrics import Statistic, merge_all, reduce_over
 from drpo_megatron.models import get_family
 from drpo_megatron.objectives import build as build_objective
@@ -35,19 +27,8 @@ from drpo_megatron.trainer import setup
 from drpo_megatron.trainer.platform import activate, optimizer_scope
 from drpo_megatron.trainer.reference import ReferenceWeights
 from drpo_megatron.trainer.vocab_parallel import vocab_parallel_logprobs, vocab_parallel_policy_loss
+from drpo_megatron.trainer.work import Work, gather_context_parallel, share_out
 from drpo_megatron.types import PackedBatch, Sample, StepReport
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What one rank does in one forward-backward: its micro-batches, all of the length its pipeline agreed on."""
-
-    batches: list[PackedBatch]
-    whole_batches: list[PackedBatch]
-    """The same before context parallel slicing."""
-    length: int
-    num_padded_tokens: int
-    """Over all data-parallel ranks, padding included."""
 
 
 class Trainer:
@@ -120,7 +101,7 @@ class Trainer:
             collected = self._run(work, collect, forward_only=True)
         mine: dict[str, list[float]] = {}
         for whole, local in zip(work.whole_batches, collected, strict=self.layout.is_last_stage):
-            mine |= unpack_token_values(whole, self._gather_context_parallel(whole, local))
+            mine |= unpack_token_values(whole, gather_context_parallel(whole, local, self.layout.groups.cp))
         everyone: list[dict[str, list[float]]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, mine)
         merged = {name: tuple(values) for part in everyone for name, values in part.items() if values}
@@ -141,16 +122,18 @@ class Trainer:
         self._scale_aux_loss(work.num_padded_tokens)
 
         def policy_loss(batch: PackedBatch, hidden: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            device = hidden.device
+
             def there(values: torch.Tensor | None) -> torch.Tensor | None:
-                return None if values is None else values.to(hidden.device)
+                return None if values is None else values.to(device)
 
             out = vocab_parallel_policy_loss(
                 hidden,
                 head,
-                there(batch.targets),
-                there(batch.behavior_logprobs),
-                there(batch.advantages),
-                there(batch.weights),
+                batch.targets.to(device),
+                batch.behavior_logprobs.to(device),
+                batch.advantages.to(device),
+                batch.weights.to(device),
                 objective=objective,
                 old_logprobs=there(batch.old_logprobs),
                 reference_logprobs=there(batch.reference_logprobs),
@@ -196,7 +179,7 @@ class Trainer:
         """Every parameter under its HF name, whole, gathered one at a time. Tensors on rank 0, None elsewhere."""
         from drpo_megatron.trainer.weights import export_hf_weights
 
-        yield from export_hf_weights(self.chunks, self.hf_config, self.layout.groups)
+        yield from export_hf_weights(self.chunks, self.hf_config, self.layout.groups, names=self.hf_names)
 
     def load_reference(self, directory: Path) -> None:
         """Take the reference weights from a Hugging Face checkpoint: for a run that resumes after its warm-up.
@@ -237,7 +220,8 @@ class Trainer:
         from drpo_megatron.trainer.weights import load_hf_weights
 
         checkpoint = HFCheckpoint(hf_path)
-        load_hf_weights(self.chunks, self.hf_config, checkpoint.get, self.layout.groups, names=checkpoint.names())
+        self.hf_names = checkpoint.names()
+        load_hf_weights(self.chunks, self.hf_config, checkpoint.get, self.layout.groups, names=self.hf_names)
 
     def _freeze_reference(self) -> None:
         if self.objective.needs_reference_logprobs:
@@ -258,51 +242,17 @@ class Trainer:
         megabytes = self.config.trainer.loss_chunk_mb or (1024 if self.platform.name == "gpu" else 64)
         return {
             "temperature": self.config.rollout.temperature,
-            "vocab_size": self.hf_config.vocab_size,
+            "vocab_size": self.hf_config.get_text_config().vocab_size,
             "tp_group": self.layout.tp,
             "sequence_parallel": self.config.parallel.sequence,
             "chunk_bytes": megabytes * 2**20,
         }
 
-    def _work(self, samples: Sequence[Sample], weights: Sequence[float]) -> _Work:
-        layout, parallel = self.layout, self.config.parallel
-        unit = layout.sequence_multiple
-        lengths = [math.ceil(sample.num_tokens / unit) * unit for sample in samples]
-        plan = assign_micro_batches(
-            lengths,
-            dp_size=layout.dp_size,
-            max_tokens=self.config.trainer.max_tokens_per_micro_batch,
-            multiple_of=parallel.pipeline if parallel.virtual_pipeline else 1,
-        )
+    def _work(self, samples: Sequence[Sample], weights: Sequence[float]) -> Work:
+        max_tokens = self.config.trainer.max_tokens_per_micro_batch
+        return share_out(samples, weights, self.layout, max_tokens=max_tokens, pad_id=self.pad_id)
 
-        # A micro-batch without samples gets one of weight 0: it then has the vectors that the other ranks' have.
-        filler = [min(range(len(samples)), key=lengths.__getitem__)]
-
-        def padded(micro_batch: Sequence[int]) -> int:
-            tokens = sum(lengths[i] for i in micro_batch or filler)
-            return math.ceil(tokens / layout.length_multiple) * layout.length_multiple
-
-        # Stages of a pipeline receive activations into buffers of one shape, so there all micro-batches are as long.
-        common = max(padded(m) for rank in plan for m in rank) if parallel.pipeline > 1 else None
-        whole = [
-            pack(
-                [samples[i] for i in micro_batch or filler],
-                [weights[i] for i in micro_batch] or [0.0],
-                pad_id=self.pad_id,
-                length_multiple=layout.length_multiple,
-                sequence_multiple=unit,
-                total_length=common,
-            )
-            for micro_batch in plan[layout.dp_rank]
-        ]
-        return _Work(
-            batches=[context_parallel_slice(batch, layout.cp_rank, parallel.context) for batch in whole],
-            whole_batches=whole,
-            length=common or 0,
-            num_padded_tokens=sum(common or padded(m) for rank in plan for m in rank),
-        )
-
-    def _run(self, work: _Work, loss_function: Any, *, forward_only: bool) -> list[Any]:
+    def _run(self, work: Work, loss_function: Any, *, forward_only: bool) -> list[Any]:
         from drpo_megatron.trainer.forward import run_micro_batches
 
         return run_micro_batches(
@@ -319,22 +269,8 @@ class Trainer:
         tokens at the end. Our finalize doesn't divide, so the coefficient carries the division, and the factor by which
         a micro-batch has more tokens than each of the ranks that share it (whose gradients are summed)."""
         if self.config.model.moe_aux_loss_coeff:
-            num_shares = self.config.parallel.tensor * self.config.parallel.context
-            scale = num_shares / num_tokens
+            scale = self.config.parallel.tensor * self.config.parallel.context / num_tokens
             self.chunks[0].config.moe_aux_loss_coeff = self.config.model.moe_aux_loss_coeff * scale
-
-    def _gather_context_parallel(self, whole: PackedBatch, local: torch.Tensor) -> torch.Tensor:
-        """Per-token values of this context-parallel rank's rows -> those of the whole micro-batch, [T]."""
-        cp = self.layout.groups.cp
-        if cp.size() == 1:
-            return local
-        parts = [torch.empty_like(local) for _ in range(cp.size())]
-        dist.all_gather(parts, local, group=cp)
-        values = local.new_zeros(whole.input_ids.shape[0])
-        places = replace(whole, input_ids=torch.arange(len(values)))
-        for rank, part in enumerate(parts):
-            values[context_parallel_slice(places, rank, cp.size()).input_ids] = part
-        return values
 
     def _reduce(self, collected: Sequence[dict[str, Statistic]]) -> dict[str, Statistic]:
         """Statistics of the last stage's micro-batches, over data and context parallel ranks, known to every stage."""
