@@ -43,6 +43,7 @@ _SHAPE: dict[str, Any] = dict(
 
 _QWEN3_5: dict[str, Any] = {name: _SHAPE[name] for name in _SHAPE.keys() - {"intermediate_size", "rope_theta"}} | dict(
     rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+    initializer_range=0.1,  # Its norms scale by 1 + weight: larger matrices would amplify rounding errors.
     linear_num_key_heads=2,
     linear_num_value_heads=4,
     linear_key_head_dim=8,

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from drpo_megatron.checkpoint.hf import tensor_checksum
+from drpo_megatron.checkpoint.hf import HFCheckpoint, tensor_checksum
 from drpo_megatron.config.sections import TransformersEngineSection
 from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
+from drpo_megatron.rollout.model_slots import checkpoint_slots
 from drpo_megatron.types import Completion
 
 
@@ -33,7 +34,7 @@ class TransformersEngine:
         self.model = model.to(self.device).eval()
         self.stop_ids = _stop_ids(self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
         self.context_length = self.model.config.max_position_embeddings
-        self.slots = _slots(self.model)
+        self.slots = checkpoint_slots(self.model, HFCheckpoint(hf_path).names())
         self.policy_version = 0
 
     # --- generation ---------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ class TransformersEngine:
             if not len(keep):
                 break
             if len(keep) < len(rows):
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)  # The one selection of rows that recurrent states know, too.
                 rows, attention, uniforms, positions, chosen = (
                     x[keep] for x in (rows, attention, uniforms, positions, chosen)
                 )
@@ -204,25 +205,3 @@ def _stop_ids(*candidates: int | list[int] | None) -> set[int]:
         if candidate is not None:
             stop |= {candidate} if isinstance(candidate, int) else set(candidate)
     return stop
-
-
-def _slots(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Checkpoint name -> the part of the model's memory that holds it. transformers 5 keeps a layer's experts fused:
-
-    experts.gate_up_proj [E, 2 I, H] and experts.down_proj [E, H, I]; checkpoints name every expert's matrices.
-    """
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
-    slots: dict[str, torch.Tensor] = {}
-    for name, parameter in model.state_dict(keep_vars=True).items():
-        if name in tied:
-            continue
-        prefix = name.rsplit(".", 1)[0]
-        if name.endswith(".experts.gate_up_proj"):
-            for expert, fused in enumerate(parameter.data):
-                gate, up = fused.chunk(2)
-                slots |= {f"{prefix}.{expert}.gate_proj.weight": gate, f"{prefix}.{expert}.up_proj.weight": up}
-        elif name.endswith(".experts.down_proj"):
-            slots |= {f"{prefix}.{expert}.down_proj.weight": down for expert, down in enumerate(parameter.data)}
-        else:
-            slots[name] = parameter.data
-    return slots

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,20 @@ from transformers import AutoModelForCausalLM
 
 from drpo_megatron.checkpoint.hf import HFCheckpoint, tensor_checksum
 from drpo_megatron.config.sections import TransformersEngineSection
+from drpo_megatron.models import get_family
 from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
+from drpo_megatron.rollout.model_slots import checkpoint_slots
 from drpo_megatron.rollout.transformers_engine import TransformersEngine, draw, log_distribution
-from tests.tiny import VOCAB, save_checkpoint, tiny_dense_config, tiny_moe_config
+from tests.tiny import (
+    VOCAB,
+    save_checkpoint,
+    tiny_dense_config,
+    tiny_mixtral_config,
+    tiny_moe_config,
+    tiny_qwen2_config,
+    tiny_qwen3_5_config,
+    tiny_qwen3_5_text_config,
+)
 
 EOS = VOCAB - 2
 
@@ -36,13 +48,11 @@ def requests(count: int, first_seed: int = 0) -> list[GenerationRequest]:
     ]
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
-def test_behavior_logprobs_are_those_of_one_full_forward_pass(
-    engine: TransformersEngine, hf_path: Path, temperature: float
-) -> None:
+def assert_logprobs_are_the_models(engine: TransformersEngine, hf_path: Path, temperature: float) -> None:
     model = AutoModelForCausalLM.from_pretrained(hf_path)
     asked = requests(24)
     completions = engine.generate(asked, SamplingParams(20, temperature))
+    assert len({len(completion.token_ids) for completion in completions}) > 1  # Some leave the batch early.
     for request, completion in zip(asked, completions, strict=True):
         ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]])
         with torch.no_grad():
@@ -50,6 +60,19 @@ def test_behavior_logprobs_are_those_of_one_full_forward_pass(
         drawn = torch.tensor(completion.token_ids)
         expected = logits.log_softmax(-1).gather(1, drawn[:, None]).squeeze(1)
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_behavior_logprobs_are_those_of_one_full_forward_pass(
+    engine: TransformersEngine, hf_path: Path, temperature: float
+) -> None:
+    assert_logprobs_are_the_models(engine, hf_path, temperature)
+
+
+def test_states_of_gated_delta_nets_follow_their_rows(tmp_path: Path) -> None:
+    """Prompts are padded on the left, and rows leave the batch: the recurrent states must know."""
+    hf_path = save_checkpoint(tmp_path, tiny_qwen3_5_text_config())
+    assert_logprobs_are_the_models(TransformersEngine(str(hf_path), TransformersEngineSection()), hf_path, 1.5)
 
 
 def test_top_tokens_are_those_of_transformers_full_softmax(engine: TransformersEngine, hf_path: Path) -> None:
@@ -120,13 +143,25 @@ def test_greedy_equals_transformers(engine: TransformersEngine, hf_path: Path) -
         assert ours.token_ids == tuple(theirs[0, ids.shape[1] :].tolist())
 
 
-@pytest.mark.parametrize("family", [tiny_moe_config, tiny_dense_config])
-@pytest.mark.parametrize("tied", [False, True])
-def test_an_update_brings_exactly_the_new_weights(family: object, tied: bool, tmp_path: Path) -> None:
-    config = family(num_hidden_layers=2, tie_word_embeddings=tied)  # type: ignore[operator]
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny_moe_config(num_hidden_layers=2),
+        tiny_moe_config(num_hidden_layers=2, tie_word_embeddings=True),
+        tiny_dense_config(num_hidden_layers=2),
+        tiny_dense_config(num_hidden_layers=2, tie_word_embeddings=True),
+        tiny_qwen2_config(num_hidden_layers=2),
+        tiny_mixtral_config(num_hidden_layers=2),
+        tiny_qwen3_5_config(num_hidden_layers=4),
+        tiny_qwen3_5_text_config(num_hidden_layers=4),
+    ],
+    ids=lambda config: config.model_type + ("_tied" if config.tie_word_embeddings else ""),
+)
+def test_an_update_brings_exactly_the_new_weights(config: Any, tmp_path: Path) -> None:
     old, new = save_checkpoint(tmp_path / "old", config, seed=0), save_checkpoint(tmp_path / "new", config, seed=1)
     engine = TransformersEngine(str(old), TransformersEngineSection())
-    tensors = dict(HFCheckpoint(new).iter_tensors())
+    family = get_family(config)
+    tensors = {name: tensor for name, tensor in HFCheckpoint(new).iter_tensors() if not family.ignores(name)}
     engine.load_weights(tensors.items())
     engine.finish_update(5, {name: tensor_checksum(tensor) for name, tensor in tensors.items()})
     ids = torch.arange(9)[None]
@@ -150,6 +185,13 @@ def test_wrong_weights_are_refused_by_name_and_not_published(hf_path: Path) -> N
     with pytest.raises(ValueError, match=r"model.norm.weight has shape \(3,\)"):
         engine.load_weights([("model.norm.weight", torch.zeros(3))])
     assert engine.policy_version == 0
+
+
+def test_a_checkpoint_that_lacks_parameters_of_the_model_is_refused(hf_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(hf_path)
+    names = set(HFCheckpoint(hf_path).names()) - {"model.layers.1.mlp.experts.3.up_proj.weight"}
+    with pytest.raises(ValueError, match=r"no tensors for 1 parameters .* model.layers.1.mlp.experts.gate_up_proj"):
+        checkpoint_slots(model, names)
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_by_name(engine: TransformersEngine) -> None:
