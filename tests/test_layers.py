@@ -16,9 +16,9 @@ LEVELS = [
     {"data", "rewards", "objectives", "models", "precision", "plots"},
     {"checkpoint", "rollout"},
     {"trainer"},
-    {"weight_sync"},
+    {"weight_sync", "conversion"},
     {"orchestration", "study", "planner"},
-    {"cli"},
+    {"cli", "convert_cli"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
@@ -26,7 +26,7 @@ PLACES = {
     "megatron": (f"{PACKAGE}/trainer/", f"{PACKAGE}/checkpoint/megatron.py"),
     "ray": (f"{PACKAGE}/orchestration/",),
     "transformer_engine": (f"{PACKAGE}/precision/recipes.py",),
-    "sglang": (),
+    "sglang": (f"{PACKAGE}/rollout/sglang_launch.py",),  # Runs in SGLang's environment; nothing imports it.
 }
 """The only files, or folders, that may import each of these."""
 

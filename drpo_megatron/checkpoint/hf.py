@@ -176,7 +176,7 @@ def _write_shards(scratch: Path, named_tensors: Iterable[tuple[str, torch.Tensor
         num_bytes += size
         total_bytes += size
     flush()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index, names in enumerate(shards):
         file = shard_name(index, len(shards))
         os.replace(scratch / f"shard-{index}", scratch / file)

@@ -124,7 +124,7 @@ def read_tensor(path: Path, header: Header, name: str, index: int | None = None)
         info = TensorInfo(info.dtype, info.shape[1:])
         begin += index * info.num_bytes
     buffer = torch.empty(info.num_bytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     with path.open("rb", buffering=0) as file:
         file.seek(begin)
         while view:
@@ -150,7 +150,7 @@ def write_tensor(path: Path, header: Header, name: str, tensor: torch.Tensor, in
         info = TensorInfo(info.dtype, info.shape[1:])
         offset += index * info.num_bytes
     assert (tensor.dtype, tuple(tensor.shape)) == info, f"{name}: {tensor.dtype} {tuple(tensor.shape)}, not {info}"
-    view = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    view = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
     descriptor = os.open(path, os.O_WRONLY)
     try:
         while view:

@@ -1,0 +1,184 @@
+"""What a Megatron checkpoint keeps of the Hugging Face checkpoint that it comes from, so that it can become one again.
+
+CHECKPOINT/hf/config.json, tokenizer.json, ...   as they were
+              tensors.json                       which tensor of which type lies in which file, and the index
+              untrained.safetensors              tensors that no parameter takes (a vision tower), if there are any
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drpo_megatron.checkpoint.hf import (
+    INDEX_FILE,
+    HFCheckpoint,
+    copy_other_files,
+    index_text,
+    read_config,
+    shard_name,
+)
+from drpo_megatron.checkpoint.safetensors_file import (
+    Header,
+    TensorInfo,
+    create_file,
+    read_header,
+    read_tensor,
+    write_tensor,
+)
+
+FOLDER = "hf"
+TENSORS_FILE = "tensors.json"
+UNTRAINED_FILE = "untrained.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """The tensors of a checkpoint by file, without their values."""
+
+    headers: dict[str, Header]
+    """By file name, in the order of the files."""
+    index: str | None
+    """The text of the index file, if there is one."""
+
+    @classmethod
+    def of(cls, checkpoint: HFCheckpoint) -> FileLayout:
+        return cls(checkpoint.headers, checkpoint.index)
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        return {name: info for header in self.headers.values() for name, info in header.tensors.items()}
+
+    @property
+    def file_of(self) -> dict[str, str]:
+        return {name: file for file, header in self.headers.items() for name in header.tensors}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(header.num_bytes for header in self.headers.values())
+
+    def rebuilt(self, expand: Callable[[str], dict[str, TensorInfo]]) -> FileLayout:
+        """The same files with `expand(name)` in the place of every tensor. What doesn't change keeps its bytes."""
+        headers = {}
+        for file, header in self.headers.items():
+            tensors = {new: info for name in header.tensors for new, info in expand(name).items()}
+            headers[file] = header if tensors == header.tensors else Header.build(tensors, header.metadata)
+        if headers == self.headers:
+            return self
+        return FileLayout(headers, None if self.index is None else _index_of(headers, self.index))
+
+    def resharded(self, max_bytes: int) -> FileLayout:
+        """The same tensors in new files of at most `max_bytes` of tensors (or of one tensor that is larger)."""
+        shards: list[dict[str, TensorInfo]] = [{}]
+        size = 0
+        for name, info in self.tensors.items():
+            if shards[-1] and size + info.num_bytes > max_bytes:
+                shards.append({})
+                size = 0
+            shards[-1][name] = info
+            size += info.num_bytes
+        metadata = next(iter(self.headers.values())).metadata
+        headers = {shard_name(i, len(shards)): Header.build(shard, metadata) for i, shard in enumerate(shards)}
+        return FileLayout(headers, _index_of(headers, self.index) if len(headers) > 1 else None)
+
+    def write_index(self, directory: Path) -> None:
+        if self.index is not None:
+            (directory / INDEX_FILE).write_text(self.index, encoding="utf-8")
+
+
+class CarriedFiles:
+    """The folder `hf/` of a Megatron checkpoint."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises ValueError when the folder is not there or is damaged."""
+        self.directory = directory
+        record_file = directory / TENSORS_FILE
+        if not record_file.is_file():
+            raise ValueError(f"{record_file} is missing: {directory.parent} doesn't say what it was converted from")
+        self.config = read_config(directory)
+        try:
+            record = json.loads(record_file.read_text(encoding="utf-8"))
+            headers = {file: Header.parse(text) for file, text in record["headers"].items()}
+            self.layout = FileLayout(headers, record["index"])
+            self.is_trained: bool = record["is_trained"]
+            """Whether the weights have changed since: then they are of the trainer's dtype, not of the layout's."""
+            self._untrained = Path(record["untrained"] or directory)
+            """Where the tensors are that no parameter takes."""
+        except (json.JSONDecodeError, KeyError, ValueError) as error:
+            raise ValueError(f"{record_file} is damaged ({error}); convert again") from error
+
+    def untrained(self, name: str) -> torch.Tensor:
+        """A tensor that no parameter takes. ValueError when the place that has it is gone."""
+        file = self._untrained / UNTRAINED_FILE
+        try:
+            if file.is_file():
+                return read_tensor(file, read_header(file), name)
+            return HFCheckpoint(self._untrained).get(name)
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{name} is not trained, so it has stayed in {self._untrained}, which can't be read: {error}"
+            ) from error
+
+
+def keep_hf_files(
+    source: HFCheckpoint, directory: Path, layout: FileLayout, config: dict[str, Any], untrained: list[str]
+) -> None:
+    """Write the folder for a conversion: everything of `source` but the weights that the Megatron files hold.
+
+    Args:
+        layout: of the tensors as they are after the conversion.
+        config: config.json after the conversion.
+        untrained: names of tensors that no parameter takes.
+    """
+    directory.mkdir()
+    copy_other_files(source.directory, directory)
+    if config != source.config:
+        write_config(directory, config)
+    _write_record(directory, layout, is_trained=False, untrained=None)
+    if untrained:
+        header = Header.build({name: source.info(name) for name in untrained}, None)
+        create_file(directory / UNTRAINED_FILE, header)
+        for name in untrained:
+            write_tensor(directory / UNTRAINED_FILE, header, name, source.get(name))
+
+
+def keep_hf_files_of_training(source: str | Path, directory: Path) -> None:
+    """Write the folder for a checkpoint of a training run that began with `source`.
+
+    Args:
+        source: the model's directory: a Hugging Face checkpoint, or the `hf/` of a converted one. Tensors that no
+            parameter takes stay there.
+    """
+    source = Path(source)
+    directory.mkdir()
+    copy_other_files(source, directory)
+    is_converted = (source / TENSORS_FILE).is_file()
+    layout = CarriedFiles(source).layout if is_converted else FileLayout.of(HFCheckpoint(source))
+    _write_record(directory, layout, is_trained=True, untrained=str(source.resolve()))
+
+
+def write_config(directory: Path, config: dict[str, Any]) -> None:
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_record(directory: Path, layout: FileLayout, *, is_trained: bool, untrained: str | None) -> None:
+    record = {
+        "is_trained": is_trained,
+        "untrained": untrained,
+        "index": layout.index,
+        "headers": {file: header.text for file, header in layout.headers.items()},
+    }
+    (directory / TENSORS_FILE).write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _index_of(headers: dict[str, Header], old: str | None) -> str:
+    """An index of these files that keeps what an old one says beside the sizes."""
+    metadata = json.loads(old).get("metadata", {}) if old is not None else {}
+    infos = [info for header in headers.values() for info in header.tensors.values()]
+    weight_map = {name: file for file, header in headers.items() for name in header.tensors}
+    return index_text(weight_map, metadata | {"total_size": sum(info.num_bytes for info in infos)})

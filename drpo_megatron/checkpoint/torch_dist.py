@@ -1,0 +1,237 @@
+"""Megatron's `torch_dist` checkpoint files, written and read piece by piece in one process without a model.
+
+A checkpoint holds global tensors by key. Each is stored in chunks, boxes at an offset, which every layout cuts in its
+own way; a reader takes any box. Files, offsets and resharding are torch's distributed checkpoint (DCP):
+
+    .metadata       every key with its shape, dtype and chunks, and where each chunk lies
+    __<i>_0.distcp  chunks, each a torch.save of one tensor
+    common.pt, metadata.json    Megatron's: what is not sharded, and the format's version
+
+`megatron.py` saves and loads the same files from the ranks of a training run.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+    LoadPlan,
+    Metadata,
+    SavePlan,
+)
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+
+Shape = tuple[int, ...]
+FORMAT_FILES = ("metadata.json", ".metadata", "common.pt")
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+class Box(NamedTuple):
+    """A part of a global tensor."""
+
+    key: str
+    offset: Shape
+    size: Shape
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A box to write."""
+
+    box: Box
+    dtype: torch.dtype
+    global_shape: Shape
+
+    @property
+    def num_bytes(self) -> int:
+        return self.box.numel * self.dtype.itemsize
+
+
+class TorchDistWriter:
+    """Writes a checkpoint into a new directory: `write` for every group of chunks, from any thread, then `finish`.
+
+    Args:
+        groups: all chunks, by the file they go to. A file's tensors stay in memory until it is written.
+    """
+
+    def __init__(self, directory: Path, groups: Sequence[Sequence[Chunk]]) -> None:
+        self._directory = directory
+        # No copies ahead: they would reorder the tensors by size, and belong to a GPU.
+        self._writer = FileSystemWriter(directory, per_thread_copy_ahead=0, sync_files=True)
+        plans = [SavePlan([_write_item(chunk) for chunk in group]) for group in groups]
+        plans, self._metadata = create_default_global_save_plan(plans)
+        self._plans = self._writer.prepare_global_plan(plans)
+        self._results: list[list[WriteResult]] = [[] for _ in groups]
+
+    def write(self, group: int, resolve: Callable[[Box], torch.Tensor]) -> None:
+        """Write a group's file. `resolve` gives each chunk's tensor, in the order of the group."""
+        planner = _LazyValues(lambda item: resolve(_box_of(item)))
+        self._results[group] = self._writer.write_data(self._plans[group], planner).wait()
+
+    def finish(self, objects: Sequence[str]) -> None:
+        """Write what makes the files a checkpoint. `objects` are keys of Megatron's per-module states, which are empty."""
+        nothing = io.BytesIO()
+        torch.save([None], nothing)
+        items = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in objects]
+        (plan,), metadata = create_default_global_save_plan([SavePlan(items)])
+        (*_, plan) = self._writer.prepare_global_plan([*self._plans, SavePlan(plan.items)])
+        written = self._writer.write_data(plan, _LazyValues(lambda item: nothing)).wait()
+        self._metadata.state_dict_metadata |= metadata.state_dict_metadata
+        torch.save({}, self._directory / "common.pt")
+        (self._directory / "metadata.json").write_text(json.dumps(_FORMAT))
+        self._writer.finish(self._metadata, [*self._results, written])
+
+
+class TorchDistCheckpoint:
+    """A checkpoint on disk, whatever layout wrote it. Nothing but the boxes asked for is read.
+
+    Raises ValueError on construction, listing every file that is missing or too short.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if missing := [name for name in FORMAT_FILES if not (self.directory / name).is_file()]:
+            raise ValueError(
+                f"{self.directory} is not a finished Megatron checkpoint (torch_dist): {', '.join(missing)} is missing"
+            )
+        form = json.loads((self.directory / "metadata.json").read_text())
+        if form.get("sharded_backend") != "torch_dist":
+            raise ValueError(
+                f"{self.directory} is in Megatron's format {form.get('sharded_backend')!r}; only torch_dist is read"
+            )
+        self._reader = FileSystemReader(self.directory)
+        metadata = _read_metadata(self.directory / ".metadata")
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self.tensors: dict[str, TensorStorageMetadata] = {
+            key: value
+            for key, value in metadata.state_dict_metadata.items()
+            if isinstance(value, TensorStorageMetadata)
+        }
+        self._check_files(metadata)
+
+    def shape(self, key: str) -> Shape:
+        return tuple(self.tensors[key].size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.tensors[key].properties.dtype
+
+    def read(self, box: Box, into: torch.Tensor) -> None:
+        """Fill a tensor of the box's shape. Thread-safe. ValueError when chunks of the box are missing."""
+        chunk = ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.size))
+        items = create_read_items_for_chunk_list(box.key, self.tensors[box.key], [chunk])
+        if sum(math.prod(item.lengths) for item in items) != box.numel:
+            raise ValueError(f"{self.directory}: {box.key} at {list(box.offset)} is stored in part only")
+        self._reader.read_data(LoadPlan(items), _Destination(into)).wait()
+
+    def _check_files(self, metadata: Metadata) -> None:
+        needed: dict[str, int] = {}
+        for place in metadata.storage_data.values():
+            needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
+        problems = []
+        for name, num_bytes in sorted(needed.items()):
+            path = self.directory / name
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif path.stat().st_size < num_bytes:
+                problems.append(f"{name} has {path.stat().st_size} bytes, but {num_bytes} are described")
+        if problems:
+            raise ValueError(f"checkpoint {self.directory} is damaged: " + "; ".join(problems))
+
+
+class _LazyValues(DefaultSavePlanner):
+    """Gives each value when it is written, and keeps none."""
+
+    def __init__(self, resolve: Callable[[WriteItem], Any]) -> None:
+        super().__init__()
+        self._resolve = resolve
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        return self._resolve(write_item)
+
+
+class _Destination(DefaultLoadPlanner):
+    """All that is read goes into one tensor."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self._tensor = tensor
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        view = self._tensor
+        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            view = view.narrow(axis, start, length)
+        return view
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None: ...
+
+
+def _write_item(chunk: Chunk) -> WriteItem:
+    offset = torch.Size(chunk.box.offset)
+    data = TensorWriteData(
+        ChunkStorageMetadata(offset, torch.Size(chunk.box.size)),
+        TensorProperties(chunk.dtype),
+        torch.Size(chunk.global_shape),
+    )
+    return WriteItem(MetadataIndex(chunk.box.key, offset), WriteItemType.SHARD, tensor_data=data)
+
+
+def _box_of(item: WriteItem) -> Box:
+    assert item.tensor_data is not None
+    chunk = item.tensor_data.chunk
+    return Box(item.index.fqn, tuple(chunk.offsets), tuple(chunk.sizes))
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """DCP keeps its metadata as a pickle. This one builds DCP's own records and torch's dtypes, and runs nothing."""
+
+    _PLAIN = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name) if "." not in name else None
+        is_record = isinstance(found, type) and found.__module__ == module
+        if is_record and module.startswith(("torch.distributed.checkpoint.", "pathlib")):
+            return found
+        if (module, name) in self._PLAIN or (module == "torch" and isinstance(found, torch.dtype)):
+            return found
+        raise ValueError(f"it refers to {module}.{name}, which checkpoints have no use for")
+
+
+def _read_metadata(path: Path) -> Metadata:
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, ImportError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"{path} holds a {type(metadata).__name__}, not the metadata of a checkpoint")
+    return metadata

@@ -1,0 +1,106 @@
+"""Both sides of a model without its weights: the rule of every parameter, and where Megatron's checkpoints keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
+from drpo_megatron.config import Config
+from drpo_megatron.models import Family, get_family
+from drpo_megatron.models.family import typed_config
+from drpo_megatron.models.rules import Rule
+from drpo_megatron.trainer.pieces import CheckpointMap, Parameter, Piece, map_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    family: Family
+    hf_config: Any
+    """The typed config of the text model."""
+    rules: list[Rule]
+    checkpoint: CheckpointMap
+
+    @classmethod
+    def of(cls, config: dict[str, Any], names: Collection[str]) -> ModelPlan:
+        """Of config.json and the names of the checkpoint's tensors. ValueError for a model that is not supported."""
+        family = get_family(config)
+        hf_config = typed_config(config)
+        rules = family.rules(config, names)
+        checkpoint = map_checkpoint(bare_config(), family, hf_config)
+        unmatched = {rule.key for rule in rules} ^ checkpoint.parameters.keys()
+        assert not unmatched, f"rules and Megatron's parameters differ: {sorted(map(str, unmatched))}"
+        return cls(family, hf_config, rules, checkpoint)
+
+    def parameter(self, rule: Rule) -> Parameter:
+        return self.checkpoint.parameters[rule.key]
+
+    def unstacked(self) -> ModelPlan:
+        """The same model in the names of a checkpoint that holds every expert's tensors on their own."""
+        plain = {hf.name for rule in self.rules for hf in rule.hf if hf.slice is None}
+        return replace(self, rules=self.family.rules(self.hf_config, plain))
+
+    def extra(self, names: Collection[str]) -> list[str]:
+        """Those of the names that belong to no parameter."""
+        known = {name for rule in self.rules for name in (*(hf.name for hf in rule.hf), *rule.hf_copies)}
+        return [name for name in names if name not in known]
+
+    def check(self, checkpoint: TorchDistCheckpoint) -> None:
+        """ValueError that lists all keys of the model that the checkpoint lacks or has in another shape."""
+        problems = set()
+        for parameter in self.checkpoint.parameters.values():
+            for piece in parameter.pieces:
+                key = piece.box.key
+                if key not in checkpoint.tensors:
+                    problems.add(f"missing: {key} {list(piece.global_shape)}")
+                elif not _fits(piece, checkpoint.shape(key)):
+                    problems.add(
+                        f"misshapen: {key} is {list(checkpoint.shape(key))}, the config says {list(piece.global_shape)}"
+                    )
+        if problems:
+            raise ValueError(differences(f"{checkpoint.directory} and its config.json", sorted(problems)))
+
+    def read(self, checkpoint: TorchDistCheckpoint, rule: Rule) -> tuple[torch.Tensor, ...]:
+        """The HF tensors of a rule, in the dtype of the checkpoint."""
+        return rule.layout.merge([self.read_parameter(checkpoint, rule)])
+
+    def read_parameter(self, checkpoint: TorchDistCheckpoint, rule: Rule) -> torch.Tensor:
+        """A whole parameter; a padded vocabulary has the padding of one rank."""
+        shape, pieces = self.parameter(rule)
+        tensor = torch.zeros(shape, dtype=checkpoint.dtype(pieces[0].box.key))
+        for piece in pieces:
+            target, box = piece.of(tensor), piece.box
+            if piece.is_padded:
+                rows = min(box.size[0], checkpoint.shape(box.key)[0])
+                target, box = target[:rows], box._replace(size=(rows, *box.size[1:]))
+            checkpoint.read(box, target)
+        return tensor
+
+
+def bare_config() -> Config:
+    """A configuration around nothing but a model, in one process and FP32."""
+    return Config.model_validate(
+        {
+            "run": {"name": "convert", "num_steps": 1},
+            "model": {"hf_path": "."},
+            "objective": {"name": "pg"},
+            "trainer": {"backend": "cpu", "optimizer": {"lr": 1.0}},
+            "rollout": {"prompts_per_step": 1, "samples_per_prompt": 2, "max_response_tokens": 1},
+            "data": {"train": "-"},
+            "reward": {"name": "arithmetic"},
+        }
+    )
+
+
+def differences(what: str, problems: list[str]) -> str:
+    """One message for all of them."""
+    return f"{what} differ in {len(problems)} points:\n  " + "\n  ".join(problems)
+
+
+def _fits(piece: Piece, shape: tuple[int, ...]) -> bool:
+    if piece.is_padded:  # A padded vocabulary may be longer or, padded for fewer ranks, shorter.
+        return shape[1:] == piece.global_shape[1:]
+    return shape == piece.global_shape

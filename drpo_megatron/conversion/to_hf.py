@@ -1,0 +1,146 @@
+"""Megatron -> Hugging Face: parameters are read from the chunks of whatever layout wrote them, merged, and written
+where they belong in files whose headers are known beforehand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drpo_megatron.checkpoint.atomic import new_directory
+from drpo_megatron.checkpoint.hf import copy_other_files
+from drpo_megatron.checkpoint.hf_files import FOLDER, TENSORS_FILE, CarriedFiles, FileLayout, write_config
+from drpo_megatron.checkpoint.safetensors_file import TensorInfo, create_file, flush_file, write_tensor
+from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
+from drpo_megatron.conversion import fp8 as block_fp8
+from drpo_megatron.conversion.model import ModelPlan, differences
+from drpo_megatron.conversion.report import progress_bar
+from drpo_megatron.conversion.to_megatron import with_dtype
+from drpo_megatron.conversion.workers import run_tasks
+from drpo_megatron.models.rules import HFTensor, Rule
+from drpo_megatron.precision.quantize import quantize_block128
+
+
+def megatron_to_hf(
+    megatron: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int | None = None,
+    fp8: bool = False,
+    force: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write the Hugging Face checkpoint `out` of the distributed checkpoint `megatron`, whatever layout saved it.
+
+    Optimizer state is not read. Memory: a few times the largest tensor, or a few hundred MB.
+
+    Args:
+        megatron: what `hf_to_megatron` wrote, or a checkpoint of a training run.
+        dtype: of all weights. None: what they are in a training run's checkpoint; what they were before a conversion.
+        max_shard_bytes: cut new files. None: the files of the checkpoint that it all began with.
+        fp8: quantise as `conversion.fp8` says.
+        force: replace an existing `out`.
+
+    Raises: ValueError for a checkpoint that is damaged or not of its own config, or an existing `out`, or a disk that
+        is too small.
+    """
+    export = _Export.of(megatron, dtype, fp8)
+    layout = export.layout if max_shard_bytes is None else export.layout.resharded(max_shard_bytes)
+    infos, file_of = layout.tensors, layout.file_of
+    with new_directory(out, num_bytes=layout.num_bytes, force=force) as scratch:
+        copy_other_files(export.carried.directory, scratch)
+        (scratch / TENSORS_FILE).unlink()
+        if export.config != export.carried.config:
+            write_config(scratch, export.config)
+        for file, header in layout.headers.items():
+            create_file(scratch / file, header)
+        total = sum(info.num_bytes for info in infos.values())
+        with progress_bar("to Hugging Face", total) as advance:
+
+            def write(name: str, tensor: torch.Tensor, index: int | None = None) -> None:
+                file = file_of[name]
+                write_tensor(scratch / file, layout.headers[file], name, tensor.to(infos[name].dtype), index)
+                advance(infos[name].num_bytes if index is None else infos[name].num_bytes // infos[name].shape[0])
+
+            def convert(rule: Rule) -> None:
+                for hf, tensor in zip(rule.hf, export.model.read(export.source, rule), strict=True):
+                    if hf.name in export.quantised:
+                        values, scale_inv = quantize_block128(tensor)
+                        write(hf.name, values)
+                        write(block_fp8.scale_name(hf.name), scale_inv)
+                    else:
+                        write(hf.name, tensor, None if hf.slice is None else hf.slice.index)
+                    for copy in (name for name in rule.hf_copies if name in infos):
+                        write(copy, tensor)
+
+            run_tasks(export.model.rules, convert, export.num_bytes_needed)
+            for name in export.untrained:
+                write(name, export.carried.untrained(name))
+        for file in layout.headers:
+            flush_file(scratch / file)
+        layout.write_index(scratch)
+    say(f"{out}: {len(layout.headers)} files, {total:,} bytes of tensors")
+
+
+@dataclass(frozen=True, slots=True)
+class _Export:
+    """What is written, and from where."""
+
+    source: TorchDistCheckpoint
+    carried: CarriedFiles
+    model: ModelPlan
+    """With the rules of the tensors that are written."""
+    config: dict[str, Any]
+    layout: FileLayout
+    untrained: list[str]
+    quantised: set[str]
+
+    @classmethod
+    def of(cls, megatron: Path, dtype: torch.dtype | None, fp8: bool) -> _Export:
+        source = TorchDistCheckpoint(megatron)
+        carried = CarriedFiles(megatron / FOLDER)
+        before = carried.layout.tensors
+        model = ModelPlan.of(carried.config, before)
+        model.check(source)
+        untrained = [name for name in model.extra(before) if model.family.ignores(name)]
+        if unknown := sorted(set(model.extra(before)) - set(untrained)):
+            raise ValueError(differences(str(carried.directory), [f"extra: {name}" for name in unknown]))
+        config, written, quantised = with_dtype(carried.config, dtype), model, set[str]()
+        if fp8:
+            # SGLang wants a scale an expert, so experts that are stacked in one tensor come apart.
+            written = model.unstacked()
+            quantised = block_fp8.quantised_names(written.rules)
+            names = [hf.name for rule in written.rules for hf in rule.hf] + untrained
+            config = config | {"quantization_config": block_fp8.quantization_config(names, quantised)}
+        after = {name: {name: before[name]} for name in untrained}
+        rules = {rule.key: rule for rule in written.rules}
+        for rule in model.rules:
+            for hf in rule.hf:
+                own = (
+                    source.dtype(model.parameter(rule).pieces[0].box.key)
+                    if carried.is_trained
+                    else before[hf.name].dtype
+                )
+                replacement = (hf,) if rules[rule.key].hf == rule.hf else rules[rule.key].hf
+                for new in replacement:
+                    after.setdefault(hf.name, {}).update(_infos(new, dtype or own, new.name in quantised))
+            for copy in (name for name in rule.hf_copies if name in before):
+                after[copy] = {copy: after[rule.hf[0].name][rule.hf[0].name]}
+        return cls(source, carried, written, config, carried.layout.rebuilt(after.__getitem__), untrained, quantised)
+
+    def num_bytes_needed(self, rule: Rule) -> int:
+        """In memory: chunk, parameter and HF tensors; to quantise, a few FP32 copies."""
+        parameter = self.model.parameter(rule)
+        num_bytes = math.prod(parameter.shape) * self.source.dtype(parameter.pieces[0].box.key).itemsize
+        return num_bytes * (12 if self.quantised else 3)
+
+
+def _infos(hf: HFTensor, dtype: torch.dtype, is_quantised: bool) -> dict[str, TensorInfo]:
+    if is_quantised:
+        return block_fp8.quantised_infos(hf.name, hf.shape)
+    return {hf.name: TensorInfo(dtype, hf.stored_shape)}

@@ -1,0 +1,146 @@
+"""Hugging Face -> Megatron: tensors are read when their part of the checkpoint is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drpo_megatron.checkpoint.atomic import new_directory
+from drpo_megatron.checkpoint.hf_files import FOLDER, FileLayout, keep_hf_files
+from drpo_megatron.checkpoint.safetensors_file import TensorInfo
+from drpo_megatron.checkpoint.torch_dist import Box, Chunk, TorchDistWriter
+from drpo_megatron.conversion.report import progress_bar
+from drpo_megatron.conversion.source import HFSource
+from drpo_megatron.conversion.workers import run_tasks
+from drpo_megatron.models.rules import Rule
+from drpo_megatron.trainer.pieces import Piece
+
+FILE_BYTES = 128 * 2**20
+"""Of a file of the checkpoint, or one parameter that is larger: what a worker holds until the file is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a chunk of the checkpoint is made of."""
+
+    rule: Rule
+    piece: Piece
+    dtype: torch.dtype
+
+    @property
+    def chunk(self) -> Chunk:
+        return Chunk(self.piece.box, self.dtype, self.piece.global_shape)
+
+
+def hf_to_megatron(
+    hf: Path, out: Path, *, dtype: torch.dtype | None = None, force: bool = False, say: Callable[[str], None] = print
+) -> None:
+    """Write the distributed checkpoint `out` of the Hugging Face checkpoint `hf`.
+
+    Memory: a few times the largest tensor, or a few hundred MB.
+
+    Args:
+        dtype: of all weights. None: each keeps its own.
+        force: replace an existing `out`.
+
+    Raises: ValueError for everything that is wrong with `hf`, an existing `out`, or a disk that is too small.
+    """
+    source = HFSource(hf)
+    for note in source.notes():
+        say(f"note: {note}")
+    parts = _parts(source, dtype)
+    groups = _groups(parts)
+    sizes = [sum(part.chunk.num_bytes for part in group) for group in groups]
+    kept_bytes = sum(source.info(name).num_bytes for name in source.untrained)
+    with new_directory(out, num_bytes=sum(sizes) + kept_bytes, force=force) as scratch:
+        keep_hf_files(
+            source.checkpoint,
+            scratch / FOLDER,
+            _layout(source, dtype),
+            with_dtype(source.config, dtype),
+            source.untrained,
+        )
+        writer = TorchDistWriter(scratch, [[part.chunk for part in group] for group in groups])
+        with progress_bar("to Megatron", sum(sizes)) as advance:
+
+            def write(index: int) -> None:
+                writer.write(index, _Values(source, groups[index]))
+                advance(sizes[index])
+
+            run_tasks(range(len(groups)), write, lambda index: 2 * sizes[index])
+        writer.finish(source.model.checkpoint.objects)
+
+
+class _Values:
+    """The tensors of a group's chunks, asked for in their order. One parameter is in memory."""
+
+    def __init__(self, source: HFSource, group: Sequence[_Part]) -> None:
+        self._source = source
+        self._parts = {part.piece.box: part for part in group}
+        self._rule: Rule | None = None
+        self._parameter = torch.empty(0)
+
+    def __call__(self, box: Box) -> torch.Tensor:
+        part = self._parts[box]
+        if part.rule is not self._rule:
+            self._rule, self._parameter = part.rule, torch.empty(0)  # The last one goes before the next one comes.
+            self._parameter = self._build(part)
+        return part.piece.of(self._parameter)
+
+    def _build(self, part: _Part) -> torch.Tensor:
+        tensors = [self._source.get(hf).to(part.dtype) for hf in part.rule.hf]
+        shape = self._source.model.parameter(part.rule).shape
+        return part.rule.layout.shard(tensors, 0, 1, shape).contiguous()
+
+
+def _parts(source: HFSource, dtype: torch.dtype | None) -> list[_Part]:
+    """Every chunk, parameter by parameter."""
+    dtypes: dict[str, torch.dtype] = {}
+    pieces = [(rule, piece) for rule in source.model.rules for piece in source.model.parameter(rule).pieces]
+    for rule, piece in pieces:
+        key = piece.box.key
+        for hf in rule.hf:
+            own = dtype or source.info(hf.name).dtype
+            dtypes[key] = torch.promote_types(dtypes.get(key, own), own)
+    return [_Part(rule, piece, dtypes[piece.box.key]) for rule, piece in pieces]
+
+
+def _groups(parts: Sequence[_Part]) -> list[list[_Part]]:
+    """Neighbours share a file; the pieces of a parameter always do."""
+    groups: list[list[_Part]] = []
+    num_bytes = 0
+    for index, part in enumerate(parts):
+        is_new = index == 0 or parts[index - 1].rule is not part.rule
+        if is_new and (not groups or num_bytes + part.chunk.num_bytes > FILE_BYTES):
+            groups.append([])
+            num_bytes = 0
+        groups[-1].append(part)
+        num_bytes += part.chunk.num_bytes
+    return groups
+
+
+def _layout(source: HFSource, dtype: torch.dtype | None) -> FileLayout:
+    """The source's files after the conversion."""
+
+    def expand(name: str) -> dict[str, TensorInfo]:
+        if name in source.scales:
+            return {}
+        info = source.info(name)
+        return {name: info if dtype is None or name in source.untrained else TensorInfo(dtype, info.shape)}
+
+    return FileLayout.of(source.checkpoint).rebuilt(expand)
+
+
+def with_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """config.json that says so, in the key that it has for it."""
+    if dtype is None:
+        return config
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    changed = config | dict.fromkeys(keys, str(dtype).removeprefix("torch."))
+    if "text_config" in config:
+        changed["text_config"] = with_dtype(config["text_config"], dtype)
+    return changed
