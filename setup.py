@@ -24,6 +24,7 @@ REQUIRES = [
     "ray>=2.50,<3",  # places and watches the processes
     "transformers>=5,<6",  # model configs, tokenizers, the embedded rollout engine
     "tokenizers>=0.22",  # builds the quickstart's tokenizer
+    "aiohttp>=3.10",  # requests to SGLang servers
     "safetensors>=0.6",  # the only format of weights that is read or written
     "numpy>=2",  # counter-based random numbers of the sampler
     "pydantic>=2.10,<3",  # typed configuration

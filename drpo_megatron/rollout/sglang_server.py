@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from drpo_megatron.config.sections import SGLangEngineSection
 
@@ -54,8 +55,12 @@ class Endpoint:
 
 def server_flags(model_path: str, section: SGLangEngineSection, dtype: str, device: str) -> list[str]:
     """SGLang's command line but address and key. `section.flags` comes last, so that it wins."""
-    flags: dict[str, object] = dict(_CPU_DEFAULTS) if device == "cpu" else {}
-    flags |= {"tp-size": section.tensor_parallel, "dp-size": section.data_parallel} | section.flags
+    flags: dict[str, Any] = {
+        **(_CPU_DEFAULTS if device == "cpu" else {}),
+        "tp-size": section.tensor_parallel,
+        "dp-size": section.data_parallel,
+        **section.flags,
+    }
     words = ["--model-path", model_path, "--dtype", dtype, "--skip-server-warmup", "--skip-tokenizer-init"]
     words += _CPU_FLAGS if device == "cpu" else ()
     for name, value in flags.items():

@@ -1,0 +1,204 @@
+"""The HTTP calls of one SGLang server, and what its answers mean. Written against SGLang 0.5.23.
+
+A server answers, refuses (`ServerError`: 4xx and 5xx, with its words) or is gone (`ServerLost`: no connection, a reset
+connection, no answer in time). `LoopThread` lets code that isn't asynchronous make these calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import uuid
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, get_args
+
+import aiohttp
+
+from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
+from drpo_megatron.rollout.sglang_server import Endpoint
+from drpo_megatron.types import FinishReason
+
+T = TypeVar("T")
+
+_CONTROL_TIMEOUT_S = 10.0
+"""For calls that ask for no work."""
+_KEEP_ALIVE_S = 2.0
+"""Less than uvicorn's 5 s: a connection that the server is about to close must not carry a request."""
+
+
+class ServerError(RuntimeError):
+    """The server answered that it won't. `status` is HTTP's."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"{message} (HTTP {status})")
+        self.status = status
+
+
+class ServerLost(RuntimeError):
+    """There is no server at the other end, or none that answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What a server drew for one request, perhaps across a change of weights.
+
+    Example:
+        Generated(token_ids=(6, 4, 2), logprobs=(-0.1, -0.7, -0.01), finish_reason="stop", spans=(("3-5f0c", 3),))
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """log mu at the sampling temperature (greedy: at T = 1), before top-p and top-k."""
+    finish_reason: FinishReason
+    spans: tuple[tuple[str, int], ...]
+    """(label of the weights, number of tokens that they drew), in order; together all tokens."""
+    topk_ids: tuple[tuple[int, ...], ...] | None = None
+    topk_logprobs: tuple[tuple[float, ...], ...] | None = None
+
+
+class SGLangClient:
+    """One server. Make it inside a running event loop and close it there."""
+
+    def __init__(self, endpoint: Endpoint, stop_token_ids: tuple[int, ...]) -> None:
+        self.endpoint = endpoint
+        self.stop_token_ids = stop_token_ids
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
+            headers={"Authorization": f"Bearer {endpoint.api_key}"},
+        )
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def call(self, path: str, timeout_s: float = _CONTROL_TIMEOUT_S, **fields: Any) -> Any:
+        """POST of a JSON object. Returns the JSON of the answer, None if it has no body."""
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(timeout_s, _CONTROL_TIMEOUT_S))
+        try:
+            async with self._session.post(f"{self.endpoint.url}{path}", json=fields, timeout=timeout) as response:
+                if response.status >= 400:
+                    raise ServerError(response.status, f"{self.endpoint.url}{path}: {_words(await response.text())}")
+                is_json = response.content_type == "application/json"
+                return await response.json() if is_json else None
+        except TimeoutError:
+            raise ServerLost(f"{self.endpoint.url}{path} gave no answer within {timeout_s:g} s") from None
+        except aiohttp.ClientError as error:
+            raise ServerLost(f"{self.endpoint.url}{path}: {type(error).__name__}: {error}") from None
+
+    async def info(self) -> dict[str, Any]:
+        """/server_info: its flags, and `max_req_input_len`."""
+        timeout = aiohttp.ClientTimeout(total=_CONTROL_TIMEOUT_S)
+        try:
+            async with self._session.get(f"{self.endpoint.url}/server_info", timeout=timeout) as response:
+                if response.status >= 400:
+                    raise ServerError(response.status, f"{self.endpoint.url}: {_words(await response.text())}")
+                return await response.json()
+        except (TimeoutError, aiohttp.ClientError) as error:
+            raise ServerLost(f"{self.endpoint.url}/server_info: {type(error).__name__}: {error}") from None
+
+    async def generate(self, request: GenerationRequest, params: SamplingParams, timeout_s: float) -> Generated:
+        """One attempt under an id of its own. An attempt that is given up is aborted at the server."""
+        rid = f"{request.request_id}#{uuid.uuid4().hex}"
+        sampling = {
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "max_new_tokens": params.max_response_tokens,
+            "stop_token_ids": self.stop_token_ids,
+        }
+        try:
+            answer = await self.call(
+                "/generate",
+                timeout_s,
+                rid=rid,
+                input_ids=request.prompt_ids,
+                sampling_params=sampling,
+                return_logprob=True,
+                top_logprobs_num=params.num_topk,
+            )
+        except (ServerLost, asyncio.CancelledError):
+            await self._abort_quietly(rid)
+            raise
+        return _parsed(answer, self.endpoint.url)
+
+    async def abort_all(self) -> None:
+        """End all running requests; their `generate` calls return what was drawn so far, finish_reason `abort`."""
+        await self.call("/abort_request", abort_all=True)
+
+    async def pause(self, timeout_s: float) -> None:
+        """Stop generating. Running requests are put back, and will go on after a change of weights."""
+        await self.call("/pause_generation", timeout_s, mode="retract")
+
+    async def resume(self) -> None:
+        await self.call("/continue_generation")
+
+    async def flush_cache(self, timeout_s: float) -> None:
+        """Forget the KV of earlier prompts. It is refused while anything runs, a health check for instance."""
+        await self.call(f"/flush_cache?timeout={timeout_s}", timeout_s + _CONTROL_TIMEOUT_S)
+
+    async def set_weight_version(self, label: str) -> None:
+        await self.call("/update_weight_version", new_version=label, abort_all_requests=False)
+
+    async def checksums(self, timeout_s: float) -> list[dict[str, Any]]:
+        """One entry a rank of the server: `checksums` by tensor, and `parallelism_info`."""
+        return (await self.call("/weights_checker", timeout_s, action="checksum"))["ranks"]
+
+    async def _abort_quietly(self, rid: str) -> None:
+        # A server that can't be told has nothing left to abort, or is ended by its keeper.
+        with suppress(ServerError, ServerLost):
+            await asyncio.shield(self.call("/abort_request", 5.0, rid=rid))
+
+
+class LoopThread:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-client", daemon=True)
+        self._thread.start()
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self.submit(coroutine).result()
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _parsed(answer: dict[str, Any], url: str) -> Generated:
+    """Raises ServerError(500) for an answer that contradicts itself: nothing of it may be trained on."""
+    meta = answer["meta_info"]
+    token_ids = tuple(answer["output_ids"])
+    logprobs = tuple(entry[0] for entry in meta["output_token_logprobs"])
+    spans = tuple((span["version"], span["end"] - span["start"]) for span in meta["weight_versions"])
+    finish = meta["finish_reason"]["type"]
+    problem = None
+    if tuple(entry[1] for entry in meta["output_token_logprobs"]) != token_ids:
+        problem = "its log-probs are not of its tokens"
+    elif sum(length for _, length in spans) != len(token_ids):
+        problem = f"its weight versions speak of {sum(n for _, n in spans)} of {len(token_ids)} tokens"
+    elif not all(math.isfinite(logprob) and logprob <= 1e-5 for logprob in logprobs):
+        problem = "it reports log-probs that are none"
+    elif finish not in get_args(FinishReason):
+        problem = f"its finish reason is {finish!r}"
+    if problem:
+        raise ServerError(500, f"{url} answered a request with nonsense: {problem}")
+    generated = Generated(token_ids, tuple(min(x, 0.0) for x in logprobs), finish, spans)
+    if not meta.get("output_top_logprobs"):
+        return generated
+    top = meta["output_top_logprobs"]
+    ids, values = ([tuple(entry[i] for entry in position) for position in top] for i in (1, 0))
+    return replace(generated, topk_ids=tuple(ids), topk_logprobs=tuple(values))
+
+
+def _words(body: str) -> str:
+    return " ".join(body.split())[:500]

@@ -1,0 +1,97 @@
+"""What an SGLang server must hold after an update, from the tensors that were sent: its checksum of every parameter.
+
+SGLang keeps a checkpoint's tensors fused and cut: q, k and v in one matrix, gate and up in one, all experts of a layer
+in two, rows or columns shared between tensor-parallel ranks, the vocabulary padded. /weights_checker hashes those
+parameters, so here the exported tensors are fused, cut and hashed in the same way. On a CPU a hash is SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from drpo_megatron.config.hf_config import HFModelConfig
+
+_VOCABULARY_MULTIPLE = 64
+_EXPERT = re.compile(r"(?P<stem>.*\.experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
+_PARTS = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}
+_STACKED = {
+    "q_proj": ("qkv_proj", 0),
+    "k_proj": ("qkv_proj", 1),
+    "v_proj": ("qkv_proj", 2),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
+_ROW_PARALLEL = ("o_proj.weight", "down_proj.weight")
+"""Cut along their columns: each rank holds the inputs that its heads, or its part of the MLP, feed."""
+
+
+@dataclass
+class ServerChecksums:
+    """Collects exported tensors; `of_rank` says what a rank must hold. `tensor_parallel` as the server was launched."""
+
+    model: HFModelConfig
+    tensor_parallel: int
+    _pieces: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
+    _checksums: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._checksums = [{} for _ in range(self.tensor_parallel)]
+
+    def add(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Tensors in the server's dtype, in any order. Kept until their parameter is complete, then hashed."""
+        for name, tensor in named_tensors:
+            fused, index, count = self._place(name)
+            pieces = self._pieces.setdefault(fused, {})
+            pieces[index] = tensor
+            if len(pieces) == count:
+                self._hash(fused, [pieces[i] for i in range(count)])
+                del self._pieces[fused]
+
+    def of_rank(self, rank: int) -> dict[str, str]:
+        """Checksum by the server's parameter names. ValueError if a parameter lacks some of its tensors."""
+        if self._pieces:
+            raise ValueError(f"tensors of {', '.join(sorted(self._pieces)[:5])} were not all exported")
+        return self._checksums[rank]
+
+    def _place(self, name: str) -> tuple[str, int, int]:
+        """(the server's parameter, index in it, how many tensors it is made of)."""
+        if expert := _EXPERT.fullmatch(name):
+            index, count = int(expert["expert"]), self.model.num_experts or 0
+            if expert["part"] in _PARTS:
+                return f"{expert['stem']}.w13_weight", 2 * index + _PARTS[expert["part"]], 2 * count
+            return f"{expert['stem']}.w2_weight", index, count
+        stem, _, part = name.rpartition(".")
+        module = stem.rpartition(".")[2]
+        if module in _STACKED:
+            fused, index = _STACKED[module]
+            return f"{stem.removesuffix(module)}{fused}.{part}", index, 3 if fused == "qkv_proj" else 2
+        return name, 0, 1
+
+    def _hash(self, name: str, pieces: list[torch.Tensor]) -> None:
+        for rank, checksums in enumerate(self._checksums):
+            digest = hashlib.sha256()
+            for part in self._shard(name, pieces, rank):
+                digest.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
+            checksums[name] = digest.digest()[:8].hex()
+
+    def _shard(self, name: str, pieces: list[torch.Tensor], rank: int) -> list[torch.Tensor]:
+        """This rank's part of each piece; end to end they are the rank's parameter."""
+        size = self.tensor_parallel
+        if name.endswith("w2_weight") or name.endswith(_ROW_PARALLEL):
+            return [piece.chunk(size, dim=1)[rank] for piece in pieces]
+        if name.endswith(("qkv_proj.weight", "qkv_proj.bias")):
+            kv_ranks = min(size, self.model.num_key_value_heads)  # Fewer KV heads than ranks: neighbours share one.
+            query, *key_value = pieces
+            return [query.chunk(size)[rank], *(x.chunk(kv_ranks)[rank * kv_ranks // size] for x in key_value)]
+        if name.endswith(("gate_up_proj.weight", "w13_weight")):
+            return [piece.chunk(size)[rank] for piece in pieces]
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            [table] = pieces
+            padding = -len(table) % _VOCABULARY_MULTIPLE
+            return [torch.cat([table, table.new_zeros(padding, table.shape[1])]).chunk(size)[rank]]
+        return pieces
