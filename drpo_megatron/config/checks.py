@@ -121,8 +121,15 @@ def _model_problems(parallel: ParallelSection, model: HFModelConfig) -> Iterator
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.num_key_value_heads,
         "intermediate_size": model.intermediate_size,
+        "shared_expert_intermediate_size": model.shared_expert_intermediate_size,
+        "linear_num_key_heads": model.linear_num_key_heads,
     }
     yield from _indivisible(sizes, "tensor", parallel.tensor)
+    if parallel.context > 1 and model.linear_num_key_heads is not None:
+        yield (
+            f"parallel.context={parallel.context}, but {model.model_type} has gated delta nets, which read a sequence "
+            "from its start: Megatron trains them without context parallelism; set parallel.context=1"
+        )
     yield from _layer_problems(parallel, model)
     if model.num_experts is not None:
         yield from _indivisible({"num_experts": model.num_experts}, "expert", parallel.expert)

@@ -194,6 +194,21 @@ def test_the_micro_batch_limit_counts_the_padding_of_context_parallelism(directo
     assert check_config(config(rollout=rollout, parallel=parallel, trainer={"max_tokens_per_micro_batch": 20})) == []
 
 
+@pytest.mark.parametrize(
+    ("parallel", "expected"),
+    [
+        ({"context": 2}, "parallel.context=2, but qwen3_5_moe has gated delta nets"),
+        ({"tensor": 2, "sequence": True}, "linear_num_key_heads=3 is not divisible by parallel.tensor=2"),
+    ],
+)
+def test_a_layout_that_gated_delta_nets_cannot_have_is_refused(
+    directory: Path, parallel: dict[str, Any], expected: str
+) -> None:
+    text = MOE | {"linear_num_key_heads": 3, "shared_expert_intermediate_size": 24}
+    (directory / "model" / "config.json").write_text(json.dumps({"model_type": "qwen3_5_moe", "text_config": text}))
+    assert the_problem(parallel={"num_ranks": 2} | parallel).startswith(expected)
+
+
 def test_warm_up_batches_smaller_than_data_parallelism_are_refused(directory: Path) -> None:
     warmup = {"data": "train.jsonl", "num_steps": 1, "sequences_per_step": 3, "optimizer": {"lr": 1e-3}}
     problem = the_problem(warmup=warmup, parallel={"num_ranks": 4})
@@ -273,7 +288,7 @@ def test_a_boundary_that_cannot_be_reached_is_warned_of(directory: Path, delta: 
 
 
 def test_the_model_config_is_what_transformers_writes(tmp_path: Path) -> None:
-    from tests.tiny import tiny_dense_config, tiny_mixtral_config, tiny_moe_config
+    from tests.tiny import tiny_dense_config, tiny_mixtral_config, tiny_moe_config, tiny_qwen3_5_config
 
     tiny_moe_config(mlp_only_layers=[0]).save_pretrained(tmp_path / "mixed")
     tiny_moe_config().save_pretrained(tmp_path / "moe")
@@ -283,6 +298,8 @@ def test_the_model_config_is_what_transformers_writes(tmp_path: Path) -> None:
     assert read_hf_config(tmp_path / "moe") == HFModelConfig("qwen3_moe", 4, 4, 2, 256, 4, 24, None)
     assert read_hf_config(tmp_path / "dense") == HFModelConfig("qwen3", 4, 4, 2, 256, None, None, 48)
     assert read_hf_config(tmp_path / "mixtral") == HFModelConfig("mixtral", 4, 4, 2, 256, 4, 48, None)
+    tiny_qwen3_5_config().save_pretrained(tmp_path / "hybrid")
+    assert read_hf_config(tmp_path / "hybrid") == HFModelConfig("qwen3_5_moe", 4, 4, 2, 256, 4, 24, None, 20, 2)
 
 
 def test_train_checks_before_it_loads_anything_heavy(directory: Path) -> None:
