@@ -75,6 +75,16 @@ def test_a_dry_run_refuses_a_directory_that_holds_a_run(run_file: Path, capsys: 
     assert err.startswith("error: run holds another run;")
 
 
+def test_eval_names_everything_that_is_wrong_before_it_loads_the_model(
+    run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--prompts", "nowhere.jsonl", "--reward", "arithmetic", "--max-response-tokens", 256)
+    code, out, err = outcome(capsys, "eval", "model", *options)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: this model can't be scored: 2 problems")
+    assert "data.heldout: nowhere.jsonl" in err and "rollout.max_response_tokens=256" in err
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

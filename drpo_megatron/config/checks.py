@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from drpo_megatron.config.hf_config import HFModelConfig, read_hf_config
-from drpo_megatron.config.objective import DRPOConfig, GSPOConfig, ImportedObjectiveConfig
+from drpo_megatron.config.objective import DPPOConfig, DRPOConfig, GSPOConfig, ImportedObjectiveConfig
 from drpo_megatron.config.problems import listed
 from drpo_megatron.config.sections import Config, ParallelSection
 
@@ -241,12 +241,12 @@ def _context_problems(config: Config, model: HFModelConfig) -> Iterator[str]:
 
 
 def _objective_problems(config: Config) -> Iterator[str]:
-    engine, context = config.rollout.engine.name, config.parallel.context
-    if (num_topk := config.objective.needed_topk) and engine not in _ENGINES_WITH_TOPK:
+    objective, engine, context = config.objective, config.rollout.engine.name, config.parallel.context
+    if isinstance(objective, DPPOConfig) and objective.needed_topk and engine not in _ENGINES_WITH_TOPK:
         yield (
-            f"objective.name=dppo with a top-k divergence needs the log-probs of the engine's top {num_topk} tokens, "
-            f"which rollout.engine.name={engine} does not report; use engine {' or '.join(_ENGINES_WITH_TOPK)}, or "
-            "objective.divergence=binary_tv or binary_kl"
+            f"objective.divergence={objective.divergence} needs the log-probs of the engine's top "
+            f"{objective.num_topk} tokens, which rollout.engine.name={engine} does not report; use engine "
+            f"{' or '.join(_ENGINES_WITH_TOPK)}, or binary_tv or binary_kl"
         )
     if context > 1 and (reason := _sequence_level(config)):
         yield (
