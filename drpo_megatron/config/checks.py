@@ -11,12 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from drpo_megatron.config.hf_config import HFModelConfig, read_hf_config
-from drpo_megatron.config.objective import DPPOConfig, DRPOConfig, GSPOConfig, ImportedObjectiveConfig
+from drpo_megatron.config.objective import DRPOConfig, GSPOConfig, ImportedObjectiveConfig
 from drpo_megatron.config.problems import listed
 from drpo_megatron.config.sections import Config, ParallelSection
 
-_ENGINES_WITH_TOPK = ("transformers",)
-"""Those that answer SamplingParams.num_topk."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -241,13 +239,7 @@ def _context_problems(config: Config, model: HFModelConfig) -> Iterator[str]:
 
 
 def _objective_problems(config: Config) -> Iterator[str]:
-    objective, engine, context = config.objective, config.rollout.engine.name, config.parallel.context
-    if isinstance(objective, DPPOConfig) and objective.needed_topk and engine not in _ENGINES_WITH_TOPK:
-        yield (
-            f"objective.divergence={objective.divergence} needs the log-probs of the engine's top "
-            f"{objective.num_topk} tokens, which rollout.engine.name={engine} does not report; use engine "
-            f"{' or '.join(_ENGINES_WITH_TOPK)}, or binary_tv or binary_kl"
-        )
+    context = config.parallel.context
     if context > 1 and (reason := _sequence_level(config)):
         yield (
             f"{reason} needs all tokens of a sequence on one rank, and parallel.context={context} splits sequences; "

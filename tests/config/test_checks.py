@@ -155,13 +155,6 @@ def test_a_dense_model_may_have_tensor_parallelism_without_sequence_parallelism(
             "max_position_embeddings=256",
         ),
         ({"parallel": {"num_ranks": 16}}, "are 8 a step, fewer than the 16 data-parallel ranks"),
-        (
-            {
-                "objective": {"name": "dppo", "divergence": "topk_tv", "delta": 0.1},
-                "rollout": {"engine": {"name": "sglang"}},
-            },
-            "engine's top 20 tokens, which rollout.engine.name=sglang does not report; use engine transformers",
-        ),
         ({"objective": {"name": "gspo"}, "parallel": {"num_ranks": 2, "context": 2}}, "objective.name=gspo"),
         (
             {
@@ -213,10 +206,6 @@ def test_warm_up_batches_smaller_than_data_parallelism_are_refused(directory: Pa
     warmup = {"data": "train.jsonl", "num_steps": 1, "sequences_per_step": 3, "optimizer": {"lr": 1e-3}}
     problem = the_problem(warmup=warmup, parallel={"num_ranks": 4})
     assert problem.startswith("warmup.sequences_per_step=3 is less than the 4 data-parallel ranks")
-
-
-def test_top_k_divergences_run_with_the_embedded_engine(directory: Path) -> None:
-    assert check_config(config(objective={"name": "dppo", "divergence": "topk_tv", "delta": 0.1})) == []
 
 
 def test_sequence_level_objectives_run_without_context_parallelism(directory: Path) -> None:
