@@ -197,6 +197,8 @@ def _rollout_problems(config: Config) -> Iterator[str]:
 
 
 def _batch_problems(config: Config) -> Iterator[str]:
+    if config.run.num_steps == 0 and config.warmup is None:
+        yield "run.num_steps=0 without a warmup section leaves nothing to do; give one of them"
     rollout, trainer, parallel = config.rollout, config.trainer, config.parallel
     num_sequences = rollout.prompts_per_step * rollout.samples_per_prompt
     num_updates = trainer.optimizer_steps_per_rollout

@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from drpo_megatron.config.base import Section
 from drpo_megatron.config.objective import ObjectiveConfig
+from drpo_megatron.config.precision import PrecisionSection
 
 
 class RunSection(Section):
@@ -23,8 +24,8 @@ class RunSection(Section):
     """An exact run directory instead of `<output_dir>/<name>-<stamp>`. Refused when it already holds a run."""
     seed: NonNegativeInt = 0
     """Seeds everything: prompt order, sampling, shuffles. The same seed and layout repeat a run."""
-    num_steps: PositiveInt
-    """Rollout-and-train steps. Each makes `trainer.optimizer_steps_per_rollout` optimiser steps."""
+    num_steps: NonNegativeInt
+    """Rollout-and-train steps. Each makes `trainer.optimizer_steps_per_rollout` optimiser steps. 0: only the warm-up."""
 
 
 class ModelSection(Section):
@@ -289,6 +290,7 @@ class Config(Section):
     objective: ObjectiveConfig
     advantages: AdvantageSection = AdvantageSection()
     trainer: TrainerSection
+    precision: PrecisionSection = PrecisionSection()
     warmup: WarmupSection | None = None
     rollout: RolloutSection
     data: DataSection

@@ -23,6 +23,8 @@ from drpo_megatron.orchestration.loop import Loop
 from drpo_megatron.orchestration.run_directory import RunDirectory, versions
 from drpo_megatron.orchestration.workers import Workers
 from drpo_megatron.plots import draw_training
+from drpo_megatron.precision.checks import check_precision
+from drpo_megatron.precision.recipes import find_hardware
 from drpo_megatron.sinks import MetricsLogger
 from drpo_megatron.types import Prompt, Sample
 
@@ -34,11 +36,17 @@ class Inputs:
     prompts: list[Prompt]
     heldout: list[Prompt]
     demonstrations: list[Sample]
+    precision_notes: list[str]
+    """What is emulated, and what else one should know of the precision."""
 
 
 def read_inputs(config: Config) -> Inputs:
     """Prompts and demonstrations, tokenised, after a look at the checkpoint. ValueError names file and line."""
-    get_family(HFCheckpoint(config.model.hf_path).config)
+    hf_config = HFCheckpoint(config.model.hf_path).config
+    get_family(hf_config)
+    # On a cluster of somebody else's, this machine says nothing about those of the trainer.
+    hardware = find_hardware(config.trainer.backend) if config.cluster.ray_address is None else None
+    precision_notes = check_precision(config, hf_config, hardware)
     tokenizer = load_tokenizer(config.model.hf_path)
     heldout = read_prompts(config.data.heldout, tokenizer, config) if config.data.heldout else []
     prompts = read_prompts(config.data.train, tokenizer, config)
@@ -53,6 +61,7 @@ def read_inputs(config: Config) -> Inputs:
         prompts=prompts,
         heldout=heldout,
         demonstrations=read_demonstrations(config.warmup.data, tokenizer, config) if config.warmup else [],
+        precision_notes=precision_notes,
     )
 
 
@@ -63,6 +72,8 @@ def train(config: Config, inputs: Inputs, run: RunDirectory, say: Say) -> dict[s
     clock = Clock(progress.phase_s, progress.wall_s) if progress else Clock()
     total_steps, resume_step = config.run.num_steps, progress.step if progress else None
     say(f"continuing {run.path} after step {resume_step}" if progress else f"run directory: {run.path}")
+    for note in inputs.precision_notes:
+        say(f"note: {note}")
     with cluster(config, run.logs, clock, say) as workers:
         prompts = PromptStream(inputs.prompts, shuffle=config.data.shuffle, seed=config.run.seed)
         metrics = MetricsLogger(run.path, config.metrics, total_steps, resume_step)
@@ -90,7 +101,7 @@ def summarise(config: Config, loop: Loop, workers: Workers) -> dict[str, Any]:
         "heldout_after": loop.accuracy.get(config.run.num_steps),
         "wall_s": loop.clock.wall_s,
         "phase_s": phase_s,
-        "tokens_per_s": {phase: count / phase_s[phase] for phase, count in loop.num_tokens.items()},
+        "tokens_per_s": {phase: count / phase_s[phase] for phase, count in loop.num_tokens.items() if count},
         "peak_rss_mb": workers.peak_rss_mb() | {"driver": driver_mb},
         "versions": versions(),
         "seed": config.run.seed,
