@@ -18,7 +18,7 @@ LEVELS = [
     {"trainer"},
     {"weight_sync", "conversion"},
     {"orchestration", "study", "planner"},
-    {"cli", "convert_cli"},
+    {"cli", "commands"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -80,14 +80,14 @@ class ModelPlan:
         return tensor
 
 
-def bare_config() -> Config:
-    """A configuration around nothing but a model, in one process and FP32."""
+def bare_config(dtype: Literal["fp32", "bf16"] = "fp32") -> Config:
+    """A configuration around nothing but a model, in one process."""
     return Config.model_validate(
         {
             "run": {"name": "convert", "num_steps": 1},
             "model": {"hf_path": "."},
             "objective": {"name": "pg"},
-            "trainer": {"backend": "cpu", "optimizer": {"lr": 1.0}},
+            "trainer": {"backend": "cpu", "dtype": dtype, "optimizer": {"lr": 1.0}},
             "rollout": {"prompts_per_step": 1, "samples_per_prompt": 2, "max_response_tokens": 1},
             "data": {"train": "-"},
             "reward": {"name": "arithmetic"},

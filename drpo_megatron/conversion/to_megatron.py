@@ -73,6 +73,7 @@ def hf_to_megatron(
 
             run_tasks(range(len(groups)), write, lambda index: 2 * sizes[index])
         writer.finish(source.model.checkpoint.objects)
+    say(f"{out}: {len(groups) + 1} files, {sum(sizes):,} bytes of weights, loadable in any layout")
 
 
 class _Values:

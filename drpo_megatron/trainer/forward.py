@@ -40,6 +40,23 @@ def unwrap(model: Any) -> Any:
     return model
 
 
+def hidden_states(model: Any, batch: PackedBatch, device: torch.device) -> torch.Tensor:
+    """The forward pass of one model chunk over a packed micro-batch: hidden states [T, 1, H] from the last one."""
+    cu_seqlens = batch.cu_seqlens.to(device)
+    return model(
+        input_ids=batch.input_ids.to(device)[None],
+        position_ids=batch.position_ids.to(device)[None],
+        attention_mask=None,
+        packed_seq_params=PackedSequences(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
+        ),
+    )
+
+
 def run_micro_batches(
     chunks: Sequence[Any],
     batches: Sequence[PackedBatch],
@@ -61,19 +78,7 @@ def run_micro_batches(
 
     def forward_step(batches: Iterator[PackedBatch], model: Any) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
-        cu_seqlens = batch.cu_seqlens.to(device)
-        hidden = model(
-            input_ids=batch.input_ids.to(device)[None],
-            position_ids=batch.position_ids.to(device)[None],
-            attention_mask=None,
-            packed_seq_params=PackedSequences(
-                qkv_format="thd",
-                cu_seqlens_q=cu_seqlens,
-                cu_seqlens_kv=cu_seqlens,
-                max_seqlen_q=batch.max_seqlen,
-                max_seqlen_kv=batch.max_seqlen,
-            ),
-        )
+        hidden = hidden_states(model, batch, device)
         return hidden, partial(finish, batch, unwrap(model))
 
     def finish(batch: PackedBatch, model: PolicyModel, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:

@@ -1,0 +1,159 @@
+"""`drpo-megatron convert`: checkpoints between Hugging Face and Megatron."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from drpo_megatron.commands import BadInput, RunFailed
+
+_HELP = """\
+Convert checkpoints between Hugging Face and Megatron. Tensors are streamed: memory stays at a few times the largest
+one. Output is written under a temporary name and renamed when it is whole. Exit code 1 when `verify` finds a
+difference, 2 for bad input.
+
+examples:
+  drpo-megatron convert inspect models/Qwen3-30B-A3B
+  drpo-megatron convert hf-to-megatron --hf models/Qwen3-30B-A3B --out models/Qwen3-30B-A3B-megatron
+  drpo-megatron convert verify --hf models/Qwen3-30B-A3B --megatron models/Qwen3-30B-A3B-megatron --logits
+  drpo-megatron convert megatron-to-hf --megatron runs/my-run/checkpoints/step_000400 --out my-model --fp8 block128
+"""
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_PROMPT = "Twelve and thirty make forty-two; seven times eight is"
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def add(commands: Any, style: dict[str, Any]) -> None:
+    parser = commands.add_parser("convert", help="convert, compare and inspect checkpoints", description=_HELP, **style)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    hf: dict[str, Any] = {"type": Path, "required": True, "metavar": "DIR", "help": "Hugging Face checkpoint"}
+    megatron = hf | {"help": "converted checkpoint, a run's checkpoints/step_N, or a run: its newest"}
+    out = hf | {"help": "what to write; it must not exist"}
+
+    to_megatron = actions.add_parser("hf-to-megatron", help="a checkpoint to train from, in any layout", **style)
+    to_megatron.add_argument("--hf", **hf)
+    to_megatron.set_defaults(run=_to_megatron)
+
+    to_hf = actions.add_parser("megatron-to-hf", help="a checkpoint to serve and share", **style)
+    to_hf.add_argument("--megatron", **megatron)
+    to_hf.add_argument("--max-shard-size", type=_num_bytes, metavar="SIZE", help="such as 5GB; default: as it came")
+    to_hf.add_argument("--fp8", choices=["block128"], help="quantise to FP8 in blocks of 128 x 128, as SGLang loads it")
+    to_hf.set_defaults(run=_to_hf)
+
+    for action in (to_megatron, to_hf):
+        action.add_argument("--out", **out)
+        action.add_argument("--dtype", choices=_DTYPES, help="of all weights; default: each keeps its own")
+        action.add_argument("--force", action="store_true", help="replace what --out names")
+
+    verify = actions.add_parser("verify", help="compare every tensor of two checkpoints, bit by bit", **style)
+    verify.add_argument("--hf", **hf)
+    verify.add_argument("--megatron", **megatron)
+    verify.add_argument("--logits", action="store_true", help="also compare both models' logits on a prompt")
+    verify.add_argument("--prompt", default=_PROMPT, help="for --logits")
+    verify.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of both models for --logits")
+    verify.set_defaults(run=_verify)
+
+    inspect = actions.add_parser("inspect", help="what a directory holds, and whether it is whole", **style)
+    inspect.add_argument("directory", type=Path, metavar="DIR", help="Hugging Face, Megatron, or a run")
+    inspect.set_defaults(run=_inspect)
+
+
+def _to_megatron(args: argparse.Namespace) -> None:
+    with _bad_input():
+        from drpo_megatron.conversion.to_megatron import hf_to_megatron
+
+        hf_to_megatron(args.hf, args.out, dtype=_dtype(args.dtype), force=args.force)
+
+
+def _to_hf(args: argparse.Namespace) -> None:
+    with _bad_input():
+        from drpo_megatron.conversion.to_hf import megatron_to_hf
+
+        megatron_to_hf(
+            megatron_files(args.megatron),
+            args.out,
+            dtype=_dtype(args.dtype),
+            max_shard_bytes=args.max_shard_size,
+            fp8=args.fp8 is not None,
+            force=args.force,
+        )
+
+
+def _verify(args: argparse.Namespace) -> None:
+    with _bad_input():
+        from drpo_megatron.conversion.verify import verify
+
+        megatron = megatron_files(args.megatron)
+        result = verify(args.hf, megatron)
+    cast = f", {result.num_cast} of them after a cast" if result.num_cast else ""
+    print(f"{result.num_tensors - len(result.differences)} of {result.num_tensors} tensors are equal{cast}")
+    if result.differences:
+        raise RunFailed(f"{len(result.differences)} tensors differ:\n  " + "\n  ".join(result.differences))
+    if args.logits:
+        _verify_logits(args, megatron)
+
+
+def _verify_logits(args: argparse.Namespace, megatron: Path) -> None:
+    with _bad_input():
+        from drpo_megatron.conversion.logits import compare_logits
+
+        result = compare_logits(args.hf, megatron, args.prompt, _dtype(args.dtype))
+    found = (
+        f"logits of {result.num_tokens} tokens differ by {result.relative_difference:.2g} of the largest "
+        f"(limit {result.limit:g} in {args.dtype})"
+    )
+    if not result.is_same:
+        raise RunFailed(found)
+    print(found)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    with _bad_input():
+        from drpo_megatron.conversion.inspect import inspect
+
+        facts = inspect(args.directory)
+    width = max(len(name) for name in facts)
+    for name, fact in facts.items():
+        print(f"{name:{width}}  {fact}")
+
+
+def megatron_files(directory: Path) -> Path:
+    """Where the Megatron files are: here, in `trainer/` of a run's step, or in the newest step of a run."""
+    if (directory / "checkpoints").is_dir():
+        steps = sorted(path for path in (directory / "checkpoints").glob("step_*") if (path / "driver.json").is_file())
+        if not steps:
+            raise ValueError(f"{directory} is a run without a complete checkpoint")
+        directory = steps[-1]
+    return directory / "trainer" if (directory / "trainer").is_dir() else directory
+
+
+@contextmanager
+def _bad_input() -> Iterator[None]:
+    """What the work finds wrong is bad input; SIGTERM ends it as Ctrl-C does, with nothing left behind."""
+    signal.signal(signal.SIGTERM, _raise_interrupt)
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise BadInput(error) from error
+
+
+def _raise_interrupt(signum: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt(signum)
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    return None if name is None else getattr(torch, _DTYPES[name])
+
+
+def _num_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B)?", text.strip().upper())
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2] or "B"])
