@@ -30,6 +30,7 @@ from drpo_megatron.orchestration.workers import (
     Supervisor,
     Workers,
 )
+from drpo_megatron.precision.recipes import environment as precision_environment
 
 _OBJECT_STORE_BYTES = 512 * 2**20
 """Of our own Ray: holds a weight bucket, a rollout and little else; more than that spills to the disk."""
@@ -168,7 +169,7 @@ def _environment(num_threads: int) -> dict[str, str]:
 
 
 def _rank_environment(config: Config, on_gpu: bool) -> dict[str, str]:
-    environment = _environment(config.cluster.rank_threads)
+    environment = _environment(config.cluster.rank_threads) | precision_environment(config.precision)
     if on_gpu:
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Orders Megatron's communication before the kernels it feeds.
     else:

@@ -20,6 +20,7 @@ def plan_lines(config: Config, inputs: Inputs, directory: Path) -> list[str]:
     lines = {
         "processes": f"{parallel.num_ranks} trainer rank(s), {rollout.engine.num_engines} engine(s), 1 for rewards",
         "layout": ", ".join(layout) + (", sequence parallel" if parallel.sequence else ""),
+        "precision": "; ".join(inputs.precision_notes) or f"{trainer.dtype}, nothing quantised",
         "prompts": f"{len(inputs.prompts)} to train on, {len(inputs.heldout[: config.eval.max_prompts])} held out",
         "warm-up": f"{config.warmup.num_steps} steps of {config.warmup.sequences_per_step} of "
         f"{len(inputs.demonstrations)} demonstrations"

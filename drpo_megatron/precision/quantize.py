@@ -10,7 +10,6 @@ visible.
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -93,23 +92,6 @@ FORMATS: dict[str, Format] = {
     "nvfp4": Format(E2M1, (1, 16), "nvfp4"),
     "nvfp4-16x16": Format(E2M1, (16, 16), "nvfp4"),
 }
-
-
-def get_format(name: str) -> Format | Noise:
-    """A format of `FORMATS`, or Noise for `noise-0.01`. ValueError with the nearest name for an unknown one."""
-    if name.startswith("noise-"):
-        try:
-            size = float(name.removeprefix("noise-"))
-        except ValueError:
-            size = math.nan
-        if not 0 < size < math.inf:
-            raise ValueError(f"number format {name!r}: noise-SIZE needs a positive size, such as noise-0.01")
-        return Noise(size)
-    if name not in FORMATS:
-        near = difflib.get_close_matches(name, FORMATS, n=1)
-        suggestion = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"number format {name!r} is none of {', '.join(FORMATS)} or noise-SIZE{suggestion}")
-    return FORMATS[name]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,6 @@ from drpo_megatron.precision.quantize import (
     Noise,
     dequantize_block128,
     fake_quantize,
-    get_format,
     quantize,
     quantize_block128,
     round_to,
@@ -179,16 +178,6 @@ def test_noise_has_the_asked_size_and_repeats() -> None:
     assert sqnr_db(x, once) == pytest.approx(40, abs=0.2)  # 20 log10(1 / 0.01)
     assert torch.equal(once, fake_quantize(x, Noise(0.01)))
     assert not torch.equal(once[:1], fake_quantize(x + 1e-3, Noise(0.01))[:1])
-
-
-def test_formats_are_found_by_name() -> None:
-    assert get_format("e4m3-128x128") is BLOCK128
-    assert get_format("noise-0.02") == Noise(0.02)
-    with pytest.raises(ValueError, match=r"'e4m3-1x12' is none of .*; did you mean e4m3-1x128\?"):
-        get_format("e4m3-1x12")
-    for bad in ("noise-x", "noise--1", "noise-0", "noise-inf"):
-        with pytest.raises(ValueError, match="noise-SIZE needs a positive size"):
-            get_format(bad)
 
 
 # --- torchao as an oracle ---------------------------------------------------------------------------------------------

@@ -1,0 +1,148 @@
+"""Whether the `precision` section can run with this model, layout and machine, before any process starts.
+
+FP8 that would be ignored in silence is refused; what is emulated, or quantised in other blocks than one would think,
+is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from drpo_megatron.config import Config
+from drpo_megatron.config.problems import listed
+from drpo_megatron.precision.recipes import (
+    Hardware,
+    TrainPrecision,
+    resolve,
+    rollout_formats,
+    train_recipe,
+)
+
+SGLANG_RECIPES = ("bf16", "fp8-block128")
+
+
+def check_precision(config: Config, hf_config: dict[str, Any], hardware: Hardware | None) -> list[str]:
+    """What the user should know: what is emulated and why, and where blocks don't align.
+
+    Args:
+        hf_config: the checkpoint's config.json.
+        hardware: of the trainer's machines. None: not known here.
+    Raises: ValueError that lists everything that can't work, each with the keys, their values and what to do.
+    """
+    model = hf_config.get("text_config", hf_config)
+    problems = [*_ignored(config), *_rollout_problems(config), *_block_problems(config, model)]
+    precision = None
+    if hardware is not None:
+        try:
+            precision = resolve(config.precision, hardware)
+        except ValueError as error:
+            problems.append(str(error))
+    if precision is not None and not precision.emulated:
+        problems += _engine_problems(config, model)
+    if problems:
+        raise ValueError(listed("this precision can't run", problems))
+    return [*_notes(config, precision, hardware), *_alignment_notes(config, model)]
+
+
+def _ignored(config: Config) -> Iterator[str]:
+    section = config.precision
+    trains, rolls_out = section.trains_quantized, section.rolls_out_quantized
+    if section.keep_bf16 and not (trains or rolls_out):
+        yield (
+            f"precision.keep_bf16=[{', '.join(section.keep_bf16)}] with precision.train=bf16 and "
+            "precision.rollout=bf16: nothing is quantised anyway; leave it out, or choose a recipe"
+        )
+    if section.keep_bf16 and section.train.name == "fp8-delayed":
+        yield (
+            f"precision.keep_bf16=[{', '.join(section.keep_bf16)}] with precision.train=fp8-delayed: Megatron-Core can't "
+            "except layers from delayed scaling; use fp8-tensorwise or fp8-blockwise, or leave keep_bf16 out"
+        )
+    if section.params_in_fp8 and not section.train.name.startswith(("fp8-", "mxfp8")):
+        yield (
+            f"precision.params_in_fp8=true with precision.train={section.train.name}: no layer would hold FP8 weights; "
+            "set it to false, or choose one of Transformer Engine's FP8 recipes"
+        )
+    if section.monitor.early_warning.action == "bf16-rollout" and not rolls_out:
+        yield (
+            "precision.monitor.early_warning.action=bf16-rollout with precision.rollout=bf16: there is nothing to fall "
+            "back from; use log or stop"
+        )
+
+
+def _rollout_problems(config: Config) -> Iterator[str]:
+    section, engine = config.precision, config.rollout.engine.name
+    if not section.rolls_out_quantized:
+        return
+    if engine == "sglang" and section.rollout.name not in SGLANG_RECIPES:
+        yield (
+            f"precision.rollout={section.rollout.name} with rollout.engine=sglang: SGLang runs "
+            f"{' and '.join(SGLANG_RECIPES)}; use one of them, or rollout.engine=transformers, which emulates all"
+        )
+    if engine == "transformers" and section.emulate is False:
+        yield (
+            f"precision.rollout={section.rollout.name} with rollout.engine=transformers and precision.emulate=false: the "
+            "embedded engine can only emulate; use precision.emulate=auto, or rollout.engine=sglang"
+        )
+
+
+def _block_problems(config: Config, model: dict[str, Any]) -> Iterator[str]:
+    recipe, parts = train_recipe(config.precision.train), config.parallel.expert_tensor
+    block = recipe.operands.block if recipe else None
+    inner = model.get("moe_intermediate_size") or model.get("intermediate_size")
+    if block and parts > 1 and inner is not None and (inner // parts) % block:
+        yield (
+            f"precision.train={config.precision.train.name} with parallel.expert_tensor={parts}: it cuts an expert's "
+            f"{inner} rows into {inner // parts}, which breaks its {block} x {block} blocks; use "
+            "parallel.expert_tensor=1 and a larger parallel.expert"
+        )
+
+
+def _engine_problems(config: Config, model: dict[str, Any]) -> Iterator[str]:
+    """Of a recipe that Transformer Engine runs."""
+    has_experts = any(model.get(name) for name in ("num_experts", "num_local_experts"))
+    if has_experts and config.model.moe_token_dispatcher == "allgather":
+        yield (
+            f"precision.train={config.precision.train.name} with model.moe_token_dispatcher=allgather: every expert's "
+            "tokens are padded to a multiple of the recipe's, which Megatron-Core does with alltoall only; use "
+            "model.moe_token_dispatcher=alltoall"
+        )
+    if config.trainer.dtype != "bf16":
+        yield (
+            f"precision.train={config.precision.train.name} with trainer.dtype={config.trainer.dtype}: around FP8 layers "
+            "Megatron-Core computes in BF16; use trainer.dtype=bf16"
+        )
+
+
+def _notes(config: Config, precision: TrainPrecision | None, hardware: Hardware | None) -> Iterator[str]:
+    section = config.precision
+    if section.trains_quantized:
+        if hardware is None:
+            yield f"precision.train={section.train.name}: whether it is emulated is decided on the trainer's machines"
+        elif precision is not None:
+            yield f"precision.train={precision.describe()}"
+            if precision.emulated and section.params_in_fp8:
+                yield "precision.params_in_fp8=true has no effect in emulation"
+    if section.rolls_out_quantized and config.rollout.engine.name == "transformers":
+        yield f"precision.rollout={section.rollout.name}, EMULATED: the embedded engine computes in FP32"
+
+
+def _alignment_notes(config: Config, model: dict[str, Any]) -> Iterator[str]:
+    """Megatron keeps q, k and v (by group) and gate and up in one matrix each, and cuts matrices by rank."""
+    recipe, rollout = train_recipe(config.precision.train), rollout_formats(config.precision.rollout)
+    block = recipe.operands.block if recipe else None
+    if block is None or rollout is None:
+        return
+    sizes = {
+        "head_dim": model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"],
+        "moe_intermediate_size": model.get("moe_intermediate_size"),
+        "intermediate_size": model.get("intermediate_size"),
+        "hidden_size": model["hidden_size"],
+    }
+    odd = [f"{name}={size}" for name, size in sizes.items() if size and size % block]
+    if odd:
+        yield (
+            f"{', '.join(odd)} {'is' if len(odd) == 1 else 'are'} not a multiple of {block}: ragged blocks are padded "
+            "with zeros, and the trainer's blocks cover other rows than the engines', so that FP8 on both sides still "
+            "leaves a mismatch"
+        )
