@@ -1,4 +1,4 @@
-"""The command line: `drpo-megatron train` and `drpo-megatron eval`.
+"""The command line. `train` and `eval` are here, the other commands have a module each in `commands/`.
 
 Exit codes: 0 done, 1 the run failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM. torch and ray are imported only when a
 command needs them, so that help and bad input are answered at once.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from drpo_megatron import __version__
+from drpo_megatron.commands import BadInput, RunFailed, convert, plan
 
 if TYPE_CHECKING:
     from drpo_megatron.config import Config
@@ -44,20 +45,12 @@ examples:
 """
 
 
-class BadInput(Exception):
-    """What the user gave can't be used. Exit code 2."""
-
-
-class RunFailed(Exception):
-    """The input was fine, the run was not. Exit code 1."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, extra = parser.parse_known_args(argv)
-    if unknown := [text for text in extra if args.command != "train" or text.startswith("-")]:
+    if unknown := [text for text in extra if not hasattr(args, "arguments") or text.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if args.command == "train":
+    if hasattr(args, "arguments"):
         args.arguments += extra  # argparse takes positional arguments in one piece; options may stand between them.
     try:
         args.run(args)
@@ -94,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, help="of the draws; default: the run's, or 0")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     evaluate.set_defaults(run=_eval)
+
+    convert.add(commands, style)
+    plan.add(commands, style)
     return parser
 
 
