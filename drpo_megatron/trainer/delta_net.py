@@ -1,8 +1,9 @@
 """Gated delta nets (arXiv:2412.06464) over packed sequences, for the layers of a block that are not attention.
 
-Megatron's own layer refuses packed sequences (gated_delta_net.py:298) and keeps two small parameters in the model's
-dtype that checkpoints publish in FP32. Its parameters, their names and its distributed checkpoints stay as they are.
-Context parallelism it refuses, too (transformer_config.py:978), and so do we. Import only after `platform.activate`.
+Megatron's own layer refuses packed sequences (gated_delta_net.py:297). Its parameters, their names and its distributed
+checkpoints stay as they are; with BF16 weights that includes A_log and the norm, which some checkpoints publish in FP32
+(optimizer.py:812 can't save a model of two dtypes). They are used in FP32. Context parallelism it refuses, too
+(transformer_config.py:984), and so do we. Import only after `platform.activate`.
 """
 
 from __future__ import annotations
@@ -27,14 +28,10 @@ _chunked_rule = gated_delta_net.chunk_gated_delta_rule or gated_delta_net.torch_
 
 
 class HeadNorm(RMSNorm):
-    """The norm of a head's output: in FP32, scaled by the weight itself even where the model's other norms add 1."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
-        super().__init__(config, hidden_size, eps, zero_centered=False)
-        self.weight.data = self.weight.data.float()
+    """The norm of a head's output: in FP32, scaled by the weight itself although the model's other norms add 1."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.float())
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
 
 
 class PackedDeltaNet(gated_delta_net.GatedDeltaNet):
@@ -46,10 +43,6 @@ class PackedDeltaNet(gated_delta_net.GatedDeltaNet):
 
     g = -exp(A_log) softplus(alpha + dt_bias) and beta = sigmoid(.); q, k and v went through a short causal convolution.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.A_log.data = self.A_log.data.float()
 
     def forward(
         self,
@@ -75,7 +68,7 @@ class PackedDeltaNet(gated_delta_net.GatedDeltaNet):
             _unit_length(x.unflatten(-1, (-1, self.key_head_dim))).repeat_interleave(repeats, dim=2)
             for x in (query, key)
         )
-        decay = -self.A_log.exp() * F.softplus(alpha.float() + self.dt_bias)
+        decay = -self.A_log.float().exp() * F.softplus(alpha.float() + self.dt_bias)
         out, _ = _chunked_rule(
             query,
             key,

@@ -25,18 +25,10 @@ class RMSNorm(torch.nn.RMSNorm):
     scale by 1 + weight, in FP32, as Qwen3.5's do.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        hidden_size: int,
-        eps: float = 1e-5,
-        zero_centered: bool | None = None,
-        **unused: Any,
-    ) -> None:
-        """`zero_centered`: None asks the config."""
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.zero_centered = config.layernorm_zero_centered_gamma if zero_centered is None else zero_centered
+        self.zero_centered = config.layernorm_zero_centered_gamma
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.zero_centered:

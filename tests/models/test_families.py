@@ -40,8 +40,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "one process": {"num_ranks": 1},
     "TP2 PP2 EP2": {"num_ranks": 4, "tensor": 2, "sequence": True, "pipeline": 2, "expert": 2},
 }
-LENGTHS = (7, 1, 12, 4)
-"""Of the sequences in the packed micro-batch."""
+LENGTHS = (7, 1, 71, 5)
+"""Of the sequences in the packed micro-batch. One is longer than a chunk of the gated delta rule, 64."""
 
 
 class Seen(NamedTuple):
