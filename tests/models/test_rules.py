@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from drpo_megatron.models import get_family
 from drpo_megatron.models.names import canonical_key
-from drpo_megatron.models.rules import GateUp, GroupedQKV, Key, Rule, Vocabulary
-from tests.tiny import VOCAB, tiny_dense_config, tiny_mixtral_config, tiny_moe_config, tiny_qwen2_config
+from drpo_megatron.models.rules import (
+    GatedQKV,
+    GateUp,
+    GroupedQKV,
+    HFTensor,
+    Key,
+    Rule,
+    Sections,
+    Slice,
+    Vocabulary,
+    stack_slices,
+)
+from tests.tiny import (
+    VOCAB,
+    save_checkpoint,
+    tiny_dense_config,
+    tiny_mixtral_config,
+    tiny_moe_config,
+    tiny_qwen2_config,
+    tiny_qwen3_5_config,
+    tiny_qwen3_5_text_config,
+)
 
 CONFIGS = {
     "dense": tiny_dense_config(),
@@ -20,6 +42,7 @@ CONFIGS = {
     "moe_some_dense": tiny_moe_config(decoder_sparse_step=2, mlp_only_layers=[1]),
     "qwen2": tiny_qwen2_config(),
     "mixtral": tiny_mixtral_config(),
+    "qwen3_5_text": tiny_qwen3_5_text_config(),
 }
 
 
@@ -31,7 +54,7 @@ def _shards(rule: Rule, tensors: list[torch.Tensor], size: int) -> list[torch.Te
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("config", [*CONFIGS.values(), tiny_qwen3_5_config()], ids=[*CONFIGS, "qwen3_5_stacked"])
 def test_every_tensor_comes_back_bit_identical(config: Any, size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for rule in get_family(config).rules(config):
@@ -57,6 +80,22 @@ def test_rules_name_exactly_the_tensors_that_transformers_saves(config: Any, tmp
     assert len(declared) == len(saved)
 
 
+@pytest.mark.parametrize("saved_by_transformers", [False, True], ids=["published", "resaved"])
+def test_rules_of_a_model_with_vision_follow_the_names_of_its_checkpoint(
+    saved_by_transformers: bool, tmp_path: Path
+) -> None:
+    """transformers saves what it loads stacked half and half: gates and ups on their own, downs stacked."""
+    config = tiny_qwen3_5_config()
+    tensors = load_file(save_checkpoint(tmp_path, config) / "model.safetensors")
+    if saved_by_transformers:
+        AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+        tensors = load_file(tmp_path / "again" / "model.safetensors")
+        assert "model.language_model.layers.0.mlp.experts.0.up_proj.weight" in tensors
+    family = get_family(config)
+    declared = {hf.name: hf.stored_shape for rule in family.rules(config, tensors) for hf in rule.hf}
+    assert declared == {name: tuple(tensor.shape) for name, tensor in tensors.items() if not family.ignores(name)}
+
+
 def test_qkv_is_interleaved_by_query_group() -> None:
     # 2 groups, 2 query heads each, head_dim 1: rows are named by hand.
     q, k, v = torch.tensor([[1.0], [2.0], [3.0], [4.0]]), torch.tensor([[10.0], [20.0]]), torch.tensor([[11.0], [21.0]])
@@ -72,6 +111,30 @@ def test_qkv_biases_are_interleaved_like_their_rows() -> None:
     rows = [torch.randn(hf.shape) for hf in bias.hf]
     as_columns = weight.layout.shard([x[:, None] for x in rows], 1, 2, (32, 1))
     assert torch.equal(bias.layout.shard(rows, 1, 2, (32,)), as_columns.squeeze(1))
+
+
+def test_a_gated_head_has_its_gate_after_the_queries_of_its_group() -> None:
+    # 2 groups, 2 query heads each, head_dim 1. q_proj holds query, gate, query, gate ...
+    q = torch.tensor([1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 4.0, -4.0])[:, None]
+    k, v = torch.tensor([[10.0], [20.0]]), torch.tensor([[11.0], [21.0]])
+    layout = GatedQKV(num_groups=2, head_dim=1)
+    assert layout.shard([q, k, v], 0, 1, (12, 1)).flatten().tolist() == [1, 2, -1, -2, 10, 11, 3, 4, -3, -4, 20, 21]
+    assert layout.shard([q, k, v], 1, 2, (6, 1)).flatten().tolist() == [3, 4, -3, -4, 20, 21]
+
+
+def test_sections_are_split_one_by_one() -> None:
+    qkv, gate = torch.arange(8.0)[:, None], 10 + torch.arange(4.0)[:, None]
+    layout = Sections(((2, 2, 4), (4,)))
+    assert layout.shard([qkv, gate], 1, 2, (6, 1)).flatten().tolist() == [1, 3, 6, 7, 12, 13]
+
+
+def test_slices_become_one_tensor_on_ranks_that_are_given_them() -> None:
+    tensors = [HFTensor("a", (2,)), *(HFTensor("stack", (2,), Slice(i, 3)) for i in range(3)), HFTensor("b", (2,))]
+    values = [torch.full((2,), float(i)) for i in range(5)]
+    joined = dict(stack_slices(zip(tensors, values, strict=True)))
+    assert list(joined) == ["a", "stack", "b"]
+    assert torch.equal(joined["stack"], torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]))
+    assert list(stack_slices((hf, None) for hf in tensors)) == [("a", None), ("stack", None), ("b", None)]
 
 
 def test_gate_and_up_are_stacked_on_every_rank() -> None:
@@ -103,6 +166,7 @@ def test_a_head_count_that_does_not_divide_is_refused() -> None:
         ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
         ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
         ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.weight"),
+        ("input_layernorm.weight", "self_attention.in_proj.layer_norm_weight"),
         ("mlp.experts.local_experts.3.linear_fc1.weight", "mlp.experts.linear_fc1.weight3"),
         ("mlp.experts.local_experts.1.linear_fc2.weight", "mlp.experts.linear_fc2.weight1"),
     ],
@@ -154,6 +218,7 @@ def test_all_unsupported_settings_are_named_at_once() -> None:
         (tiny_qwen2_config(use_sliding_window=True, sliding_window=64), "sliding_window=64: only full attention"),
         (tiny_mixtral_config(sliding_window=4096), "sliding_window=4096: only full attention"),
         (tiny_mixtral_config(router_jitter_noise=0.1), "router_jitter_noise=0.1"),
+        (tiny_qwen3_5_text_config(attention_bias=True), "attention_bias=true"),
         (tiny_mixtral_config(num_experts_per_tok=1), "num_experts_per_tok=1: the router's output is 1"),
         (tiny_dense_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}), "rope_type=yarn"),
     ],
