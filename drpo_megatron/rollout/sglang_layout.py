@@ -1,7 +1,8 @@
 """What an SGLang server must hold after an update, from the tensors that were sent: its checksum of every parameter.
 
 SGLang keeps a checkpoint's tensors fused and cut: q, k and v in one matrix, gate and up in one, all experts of a layer
-in two, rows or columns shared between tensor-parallel ranks, the vocabulary padded. /weights_checker hashes those
+in two, rows or columns shared between tensor-parallel ranks, the vocabulary padded, and on a CPU the MLPs' inner sizes,
+too. /weights_checker hashes those
 parameters, so here the exported tensors are fused, cut and hashed in the same way. On a CPU a hash is SHA-256.
 """
 
@@ -17,6 +18,8 @@ import torch
 from drpo_megatron.config.hf_config import HFModelConfig
 
 _VOCABULARY_MULTIPLE = 64
+_CPU_INNER_MULTIPLE = 32
+"""Of a rank's share of an MLP's inner size."""
 _EXPERT = re.compile(r"(?P<stem>.*\.experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
 _PARTS = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}
 _STACKED = {
@@ -26,8 +29,6 @@ _STACKED = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
 }
-_ROW_PARALLEL = ("o_proj.weight", "down_proj.weight")
-"""Cut along their columns: each rank holds the inputs that its heads, or its part of the MLP, feed."""
 
 
 @dataclass
@@ -82,16 +83,22 @@ class ServerChecksums:
     def _shard(self, name: str, pieces: list[torch.Tensor], rank: int) -> list[torch.Tensor]:
         """This rank's part of each piece; end to end they are the rank's parameter."""
         size = self.tensor_parallel
-        if name.endswith("w2_weight") or name.endswith(_ROW_PARALLEL):
+        if name.endswith("o_proj.weight"):
             return [piece.chunk(size, dim=1)[rank] for piece in pieces]
+        if name.endswith(("w2_weight", "down_proj.weight")):
+            return [_padded(piece, 1, size * _CPU_INNER_MULTIPLE).chunk(size, dim=1)[rank] for piece in pieces]
         if name.endswith(("qkv_proj.weight", "qkv_proj.bias")):
             kv_ranks = min(size, self.model.num_key_value_heads)  # Fewer KV heads than ranks: neighbours share one.
             query, *key_value = pieces
             return [query.chunk(size)[rank], *(x.chunk(kv_ranks)[rank * kv_ranks // size] for x in key_value)]
         if name.endswith(("gate_up_proj.weight", "w13_weight")):
-            return [piece.chunk(size)[rank] for piece in pieces]
+            return [_padded(piece, 0, size * _CPU_INNER_MULTIPLE).chunk(size)[rank] for piece in pieces]
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
-            [table] = pieces
-            padding = -len(table) % _VOCABULARY_MULTIPLE
-            return [torch.cat([table, table.new_zeros(padding, table.shape[1])]).chunk(size)[rank]]
+            return [_padded(piece, 0, _VOCABULARY_MULTIPLE).chunk(size)[rank] for piece in pieces]
         return pieces
+
+
+def _padded(matrix: torch.Tensor, dim: int, multiple: int) -> torch.Tensor:
+    """With zeros behind its last row or column."""
+    padding = -matrix.shape[dim] % multiple
+    return torch.nn.functional.pad(matrix, (0, padding) if dim == 1 else (0, 0, 0, padding))
