@@ -1,8 +1,8 @@
 """Megatron distributed checkpoints: model, optimizer and schedule, loadable in another layout.
 
-A checkpoint directory holds Megatron's `torch_dist` files and `trainer.json` (counters, layout, versions). Every rank
-writes its own shards; `trainer.json` is written last, by rank 0, after all ranks finished: a directory without it is
-not a checkpoint. Import only after `platform.activate`.
+A checkpoint directory holds Megatron's `torch_dist` files, `hf/` (see `hf_files.py`) and `trainer.json` (counters,
+layout, versions). Every rank writes its own shards; `trainer.json` is written last, by rank 0, after all ranks finished:
+a directory without it is not a checkpoint of a run. Import only after `platform.activate`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
+from drpo_megatron.checkpoint.hf_files import FOLDER, keep_hf_files_of_training
+from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
+
 COUNTERS_FILE = "trainer.json"
 
 
 def save_checkpoint(
-    directory: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any, counters: dict[str, Any]
+    directory: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any, counters: dict[str, Any], hf_path: str
 ) -> None:
     """Collective. `directory` is new or empty, on a file system that all ranks share.
 
     Args:
         counters: small JSON-able numbers of the trainer, given back by `read_counters`.
+        hf_path: the Hugging Face checkpoint of the run, whose config, tokenizer and file names are kept.
     """
     directory = Path(directory)
     if dist.get_rank() == 0:
@@ -36,6 +40,7 @@ def save_checkpoint(
     dist_checkpointing.save(state, str(directory))
     dist.barrier()
     if dist.get_rank() == 0:
+        keep_hf_files_of_training(hf_path, directory / FOLDER)
         record = {"counters": counters, "layout": _layout(chunks), "versions": _versions()}
         (directory / COUNTERS_FILE).write_text(json.dumps(record, indent=2) + "\n")
     dist.barrier()
@@ -44,6 +49,18 @@ def save_checkpoint(
 def read_counters(directory: Path) -> dict[str, Any]:
     """What `save_checkpoint` was given as counters. ValueError when the directory holds no finished checkpoint."""
     return _record(directory)["counters"]
+
+
+def load_weights(directory: str | Path, chunks: Sequence[Any]) -> None:
+    """Collective. Fills the model with the weights of a checkpoint that a conversion or a run wrote in any layout.
+
+    Raises: ValueError for a directory that holds no finished checkpoint, or a damaged one.
+    """
+    TorchDistCheckpoint(directory)  # For its errors, which name what is missing.
+    state = _sharded_model(chunks, _sharding_metadata())
+    loaded = dist_checkpointing.load(state, str(directory))
+    for index, chunk in enumerate(chunks):
+        chunk.module.load_state_dict(loaded[_model_key(chunks, index)], strict=True)
 
 
 def load_checkpoint(directory: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any) -> None:
@@ -61,18 +78,24 @@ def _model_key(chunks: Sequence[Any], index: int) -> str:
 
 
 def _sharded_state(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
-    metadata = {
+    metadata = _sharding_metadata()
+    state = _sharded_model(chunks, metadata)
+    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def _sharded_model(chunks: Sequence[Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    return {_model_key(chunks, i): chunk.module.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+
+
+def _sharding_metadata() -> dict[str, Any]:
+    return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    state: dict[str, Any] = {
-        _model_key(chunks, i): chunk.module.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)
-    }
-    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
-    return state
 
 
 def _record(directory: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from drpo_megatron.config.objective import DRPOConfig, GSPOConfig, ImportedObjec
 from drpo_megatron.config.problems import listed
 from drpo_megatron.config.sections import Config, ParallelSection
 
+_MEGATRON_FILES = ("metadata.json", ".metadata", "common.pt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -39,7 +40,7 @@ def check_config(config: Config) -> list[str]:
         problems.append(str(error))
     else:
         problems += [*_tokenizer_problems(config), *_model_problems(config.parallel, model)]
-        problems += _context_problems(config, model)
+        problems += [*_context_problems(config, model), *_megatron_path_problems(config, model)]
     if problems:
         raise ValueError(listed("this configuration can't run", problems))
     return list(_warnings(config))
@@ -87,6 +88,22 @@ def _tokenizer_problems(config: Config) -> Iterator[str]:
         yield (
             f"model.hf_path: {directory} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); copy it there from "
             "where the model came from"
+        )
+
+
+def _megatron_path_problems(config: Config, model: HFModelConfig) -> Iterator[str]:
+    if config.model.megatron_path is None:
+        return
+    directory = Path(config.model.megatron_path)
+    if missing := [name for name in _MEGATRON_FILES if not (directory / name).is_file()]:
+        yield (
+            f"model.megatron_path: {directory} is no Megatron checkpoint ({', '.join(missing)} is missing); give what "
+            "drpo-megatron convert hf-to-megatron wrote, or checkpoints/step_<n>/trainer of a run"
+        )
+    elif (directory / "hf" / "config.json").is_file() and read_hf_config(directory / "hf") != model:
+        yield (
+            f"model.megatron_path: {directory} is of another model than model.hf_path={config.model.hf_path}: "
+            f"{directory / 'hf' / 'config.json'} says so; give a checkpoint of the same"
         )
 
 

@@ -31,6 +31,10 @@ class RunSection(Section):
 class ModelSection(Section):
     hf_path: str
     """Directory of the Hugging Face checkpoint to start from: config.json, safetensors, tokenizer."""
+    megatron_path: str | None = None
+    """Megatron checkpoint of the same model whose weights the policy starts from instead of hf_path's: what
+    `drpo-megatron convert hf-to-megatron` wrote, or `checkpoints/step_<n>/trainer` of another run. Every rank reads its
+    own shards, whatever layout wrote it. Config, tokenizer and the engines' first weights still come from hf_path."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation. `full` recomputes every layer in the backward pass: least memory, about 1.3 x time."""
     moe_token_dispatcher: Literal["alltoall", "allgather"] = "alltoall"

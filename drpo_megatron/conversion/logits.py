@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from drpo_megatron.checkpoint.hf import HFCheckpoint, read_config
 from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
@@ -60,6 +61,7 @@ def compare_logits(hf: Path, megatron: Path, prompt: str, dtype: torch.dtype = t
 
 def _transformers_logits(hf: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """[T, V] FP32."""
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(hf, local_files_only=True, trust_remote_code=False, dtype=dtype)
     with torch.inference_mode():
         logits = model.eval()(input_ids=ids[None]).logits[0].float()

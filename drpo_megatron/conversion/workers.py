@@ -18,7 +18,6 @@ def run_tasks(
     tasks: Sequence[Task],
     work: Callable[[Task], None],
     num_bytes: Callable[[Task], int],
-    max_bytes: int = MAX_BYTES,
 ) -> None:
     """`work(task)` for all, begun in order. Raises what the first failing one raised; the others are not begun.
 
@@ -27,11 +26,11 @@ def run_tasks(
     Args:
         num_bytes: what a task needs in memory.
     """
-    free, has_room, stop = max_bytes, threading.Condition(), False
+    free, has_room, stop = MAX_BYTES, threading.Condition(), False
 
     def run(task: Task) -> None:
         nonlocal free
-        needed = min(num_bytes(task), max_bytes)
+        needed = min(num_bytes(task), MAX_BYTES)
         with has_room:
             has_room.wait_for(lambda: free >= needed or stop)
             if stop:

@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,12 +146,15 @@ class TrainerRank(ProcessActor):
         return report
 
     def write_hf(self, directory: Path, source: Path) -> None:
-        """The present weights as a Hugging Face checkpoint, config and tokenizer copied from `source`."""
-        from drpo_megatron.checkpoint.hf import write_hf_checkpoint
+        """The present weights as a Hugging Face checkpoint, config, tokenizer and what isn't trained from `source`."""
+        from drpo_megatron.checkpoint.hf import HFCheckpoint, write_hf_checkpoint
 
         exported = self.trainer.export_weights()
         if self.rank == 0:
-            write_hf_checkpoint(directory, exported, source, force=True)
+            checkpoint = HFCheckpoint(source)
+            untrained = (name for name in checkpoint.names() if self.trainer.family.ignores(name))
+            tensors = chain(exported, ((name, checkpoint.get(name)) for name in untrained))
+            write_hf_checkpoint(directory, tensors, source, force=True)
         else:
             for _ in exported:
                 pass

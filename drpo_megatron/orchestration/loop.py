@@ -164,6 +164,7 @@ class Loop:
                 if self.config.objective.kl_ref is not None:
                     source = Path(self.config.model.hf_path)
                     self.workers.ranks.call("write_hf", self.run_directory.reference, source)
+        if warmup is not None or self.config.model.megatron_path is not None:
             self.publish()
         metrics |= self.evaluate(0)
         if metrics:

@@ -45,7 +45,7 @@ class Trainer:
         tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path, local_files_only=True, trust_remote_code=False)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.chunks = setup.build_model(config, self.family, self.hf_config, self.layout, self.platform)
-        self._load_weights(Path(config.model.hf_path))
+        self._load_initial_weights()
         self.objective = build_objective(config.objective)
         self.supervised_objective = build_objective({"name": "sft"})
         self.policy_version = 0
@@ -199,7 +199,7 @@ class Trainer:
             "is_warming_up": self.is_warming_up,
         }
         with optimizer_scope():
-            save_checkpoint(directory, self.chunks, self.optimizer, self.schedule, counters)
+            save_checkpoint(directory, self.chunks, self.optimizer, self.schedule, counters, self.config.model.hf_path)
 
     def load_checkpoint(self, directory: Path) -> None:
         """Continue exactly where `save_checkpoint` was called. Raises ValueError naming what is missing."""
@@ -215,6 +215,16 @@ class Trainer:
         self.num_rollouts = counters["num_rollouts"]
 
     # --- inside ---------------------------------------------------------------------------------------------------------
+
+    def _load_initial_weights(self) -> None:
+        model = self.config.model
+        if model.megatron_path is None:
+            self._load_weights(Path(model.hf_path))
+            return
+        from drpo_megatron.checkpoint.megatron import load_weights
+
+        self.hf_names = HFCheckpoint(model.hf_path).names()
+        load_weights(model.megatron_path, self.chunks)
 
     def _load_weights(self, hf_path: Path) -> None:
         from drpo_megatron.trainer.weights import load_hf_weights

@@ -45,7 +45,9 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 
 def test_megatron_imported_too_early_is_an_error() -> None:
     program = "import megatron.core; from drpo_megatron.trainer.platform import activate; activate('cpu')"
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120
+    )
     assert result.returncode != 0
     assert "was imported before platform.activate('cpu')" in result.stderr
 
