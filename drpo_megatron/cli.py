@@ -158,7 +158,10 @@ def _train_in(config: Config, inputs: Inputs, run: RunDirectory) -> None:
     except KeyboardInterrupt:
         _say(_how_to_resume(run).strip())
         raise
-    _print_summary(summary, run)
+    if summary is None:
+        _say(_how_to_resume(run).strip())
+    else:
+        _print_summary(summary, run)
 
 
 def _how_to_resume(run: RunDirectory) -> str:

@@ -75,11 +75,23 @@ class Loop:
         """Rewards that timed out or raised so far, and counted as 0."""
         self.accuracy: dict[int, float] = {}
         """Held-out accuracy by step, where it was measured."""
+        self.stop_reason: str | None = None
+        """Why the run ends before its last step, if it was asked to."""
+        self._saved_step: int | None = None
 
     def run(self, checkpoint: tuple[Path, Progress] | None) -> None:
+        """All steps that are left; fewer, with a checkpoint of the last one done, after `request_stop`."""
         first = self.resume(*checkpoint) if checkpoint else self.begin()
         for step in range(first, self.config.run.num_steps + 1):
             self.step(step)
+            if self.stop_reason is not None and self._saved_step == step < self.config.run.num_steps:
+                self.say(f"stopped after step {step}: {self.stop_reason}")
+                return
+        self.stop_reason = None
+
+    def request_stop(self, reason: str) -> None:
+        """End after the present step, with a checkpoint. Only notes the wish: signal handlers and threads may call it."""
+        self.stop_reason = reason
 
     def step(self, step: int) -> None:
         groups, metrics = self.collect(step)
@@ -90,7 +102,7 @@ class Loop:
             metrics |= self.evaluate(step)
         metrics |= report.metrics | {"reward/failures/sum": self.reward_failures}
         self.metrics.log(step, metrics | self.timings(metrics["rollout/num_tokens"], report.num_tokens))
-        if self.is_due(self.config.checkpoint.every, step):
+        if self.is_due(self.config.checkpoint.every, step) or self.stop_reason is not None:
             self.save(step)
 
     def collect(self, step: int) -> tuple[list[RolloutGroup], dict[str, float]]:
@@ -201,6 +213,7 @@ class Loop:
             )
             with self.run_directory.writing_checkpoint(progress, self.config) as directory:
                 self.workers.ranks.call("save_checkpoint", directory / TRAINER_FILES)
+        self._saved_step = step
 
     # --- numbers ------------------------------------------------------------------------------------------------------
 

@@ -65,8 +65,11 @@ def read_inputs(config: Config) -> Inputs:
     )
 
 
-def train(config: Config, inputs: Inputs, run: RunDirectory, say: Say) -> dict[str, Any]:
-    """The whole run, or the rest of it after the newest checkpoint of `run`. Returns the summary."""
+def train(config: Config, inputs: Inputs, run: RunDirectory, say: Say) -> dict[str, Any] | None:
+    """The whole run, or the rest of it after the newest checkpoint of `run`.
+
+    Returns the summary; None when the run was asked to stop before its last step, and can be resumed.
+    """
     checkpoint = run.latest_checkpoint(config)
     progress = checkpoint[1] if checkpoint else None
     clock = Clock(progress.phase_s, progress.wall_s) if progress else Clock()
@@ -82,6 +85,8 @@ def train(config: Config, inputs: Inputs, run: RunDirectory, say: Say) -> dict[s
             loop.run(checkpoint)
         finally:
             metrics.close()
+        if loop.stop_reason is not None:
+            return None
         if config.checkpoint.save_hf:
             with clock.phase("export"):
                 workers.ranks.call("write_hf", run.hf, Path(config.model.hf_path))
