@@ -1,6 +1,7 @@
 """pip install .            the package and the `drpo-megatron` command
 pip install '.[test]'    what the tests and linters need
 pip install '.[gpu]'     Transformer Engine, on a machine with CUDA
+pip install '.[data]'    to read public data sets
 
 Exact versions of a CPU install are in requirements/cpu-py311.lock.
 """
@@ -35,7 +36,9 @@ REQUIRES = [
     "wandb>=0.19",  # optional sink of metrics, offline by default
     "math-verify>=0.8",  # rewards for mathematical answers
 ]
+DATA = ["pyarrow>=17"]  # parquet, in which public data sets come
 TEST = [
+    *DATA,
     "pytest>=8",  # the test runner
     "hypothesis>=6.100",  # invariants of packing and objectives over random inputs
     "ruff>=0.9",  # lint
@@ -54,6 +57,6 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["drpo_megatron", "drpo_megatron.*"]),
     install_requires=REQUIRES,
-    extras_require={"test": TEST, "gpu": GPU},
+    extras_require={"test": TEST, "gpu": GPU, "data": DATA},
     entry_points={"console_scripts": ["drpo-megatron = drpo_megatron.cli:main"]},
 )
