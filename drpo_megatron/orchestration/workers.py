@@ -2,20 +2,23 @@
 
 Every call waits for all its answers and fails at once when any process of the run raises or dies, busy or idle. A
 rank that dies makes its peers raise connection errors, often before its own death is known, so an error that may be
-another's fault waits a few seconds for a death to take the blame.
+another's fault waits a few seconds for a death to take the blame. The death of a machine takes Ray longer to notice.
+
+Work in the background (rollouts while the ranks train) has no wait of its own: every wait hands on its answers, too,
+and meets its failures. There is one thread, so nothing has to be locked, and Ctrl-C ends whatever is waited for.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from drpo_megatron.orchestration.actors import Place
 from drpo_megatron.types import Completion, Prompt
@@ -26,11 +29,17 @@ if TYPE_CHECKING:
 _POLL_S = 1.0
 _GRACE_S = 8.0
 """How long a connection error waits for the news that another process died."""
+_MACHINE_GRACE_S = 60.0
+"""The same for the news that a machine is gone, when there are several. Ray asks 5 times in at least 15 s."""
 _LOG_LINES = 15
 
 
 class ProcessFailure(RuntimeError):
     """A process of the run raised, died or did not answer. The message is for the user, log included."""
+
+
+class LostMachine(ProcessFailure):
+    """A machine left the Ray cluster with all its processes. The run can continue on another."""
 
 
 @dataclass(eq=False)
@@ -56,25 +65,76 @@ Call = tuple[Process, Any]
 """A process and the ray.ObjectRef of its answer."""
 
 
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """Work in the background."""
+
+    process: Process
+    receive: Callable[[Any], None]
+    """Takes its answer, or each of them if it is a stream."""
+    finish: Callable[[], None]
+    """Called after its last answer."""
+
+
 @dataclass
 class Supervisor:
     """Knows every process of the run, so that no wait outlives any of them."""
 
     processes: list[Process] = field(default_factory=list)
+    _background: dict[Any, Watched] = field(default_factory=dict)
+    """By what to wait for: a ray.ObjectRef or a stream of them."""
 
     def wait(self, calls: Sequence[Call], timeout_s: float | None = None) -> list[Any]:
         """The answers in order. Raises ProcessFailure that names the process at fault."""
-        deadline = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
         pending = {ref: process for process, ref in calls}
-        while pending:
-            done, _ = ray.wait(list(pending), timeout=_POLL_S)
-            failures = [failure for ref in done if (failure := _failure(pending.pop(ref), ref))]
-            failures = failures or ([] if done else self._failed_meanwhile(pending))
+        self._serve(pending, lambda: not pending, timeout_s)
+        return ray.get([ref for _, ref in calls])
+
+    def wait_until(self, is_done: Callable[[], bool]) -> None:
+        """Hand on answers of the background until `is_done()`. Raises as `wait`."""
+        self._serve({}, is_done)
+
+    def watch(
+        self, process: Process, answer: Any, receive: Callable[[Any], None], finish: Callable[[], None] = lambda: None
+    ) -> None:
+        """From now on every wait hands the answer (each answer of a ray.ObjectRefGenerator) to `receive`."""
+        self._background[answer] = Watched(process, receive, finish)
+
+    def _serve(self, pending: dict[Any, Process], is_done: Callable[[], bool], timeout_s: float | None = None) -> None:
+        deadline = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
+        while not is_done():
+            done, _ = ray.wait([*pending, *self._background], timeout=_POLL_S)
+            failures = self._take(done, pending) if done else self._failed_meanwhile(pending)
             if failures:
-                raise ProcessFailure(self._blame(failures, pending))
+                raise self._blame(failures, pending)
             if time.monotonic() > deadline:
                 raise ProcessFailure("\n".join(_silent(process, timeout_s) for process in pending.values()))
-        return ray.get([ref for _, ref in calls])
+
+    def _take(self, done: Sequence[Any], pending: dict[Any, Process]) -> list[Failure]:
+        """What has been answered is no longer pending, or is handed on."""
+        failures = []
+        for answer in done:
+            if answer in pending:
+                failure = _failure(pending.pop(answer), answer)
+            else:
+                failure = self._hand_on(answer)
+            failures += [failure] if failure else []
+        return failures
+
+    def _hand_on(self, answer: Any) -> Failure | None:
+        watched = self._background[answer]
+        is_stream = isinstance(answer, ray.ObjectRefGenerator)
+        ref = next(answer, None) if is_stream else answer
+        failure = _failure(watched.process, ref) if ref is not None else None
+        if failure or not is_stream or ref is None:
+            del self._background[answer]
+        if failure:
+            return failure
+        if ref is not None:
+            watched.receive(ray.get(ref))
+        if answer not in self._background:
+            watched.finish()
+        return None
 
     def _failed_meanwhile(self, pending: dict[Any, Process]) -> list[Failure]:
         """Failures among the other processes of the run, by pinging those that are idle."""
@@ -88,16 +148,31 @@ class Supervisor:
                 process.ping = process.actor.is_alive.remote()
         return failures
 
-    def _blame(self, failures: list[Failure], pending: dict[Any, Process]) -> str:
-        deadline = time.monotonic() + _GRACE_S
+    def _blame(self, failures: list[Failure], pending: dict[Any, Process]) -> ProcessFailure:
+        places = [process.place for process in self.processes if process.place]
+        num_machines = len({place.node_id for place in places})
+        deadline = time.monotonic() + (_MACHINE_GRACE_S if num_machines > 1 else _GRACE_S)
         while all(failure.may_be_anothers for failure in failures) and time.monotonic() < deadline:
             done, _ = ray.wait(list(pending), timeout=0.2) if pending else (time.sleep(0.2), None)
             failures += [failure for ref in done or () if (failure := _failure(pending.pop(ref), ref))]
             failures += self._failed_meanwhile(pending)
-        culprits = [f for f in failures if f.is_death] or [f for f in failures if not f.may_be_anothers] or failures
+            if num_machines > 1 and self._lost_machines():
+                break
         for failure in failures:
             failure.write_traceback()
-        return culprits[0].text
+        if num_machines > 1 and (lost := self._lost_machines()):
+            return LostMachine("\n".join(lost))
+        culprits = [f for f in failures if f.is_death] or [f for f in failures if not f.may_be_anothers] or failures
+        return ProcessFailure(culprits[0].text)
+
+    def _lost_machines(self) -> list[str]:
+        """A sentence for each machine that held processes of the run and has left the Ray cluster."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        lost: dict[str, list[str]] = {}
+        for process in self.processes:
+            if (place := process.place) and place.node_id not in alive:
+                lost.setdefault(f"machine {place.host} ({place.address})", []).append(process.name)
+        return [f"{machine} left the Ray cluster, and with it {', '.join(who)}" for machine, who in lost.items()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +187,12 @@ class Failure:
 
     @property
     def may_be_anothers(self) -> bool:
-        """torch.distributed raises RuntimeErrors for a lost peer; Ray's own come when the actor called is gone."""
+        """torch.distributed raises RuntimeErrors for a lost peer; Ray's own come when the actor called is gone.
+
+        An actor is unavailable, not dead, while Ray doesn't know whether its machine is gone.
+        """
+        if isinstance(self.error, ActorUnavailableError):
+            return True
         return isinstance(self.error, RayTaskError) and isinstance(self.error.cause, RuntimeError | RayError)
 
     def write_traceback(self) -> None:
@@ -163,11 +243,45 @@ class EngineGroup(ActorGroup):
             completions[i::n] = part
         return completions
 
+    def stream(
+        self,
+        requests: Sequence[GenerationRequest],
+        params: SamplingParams,
+        receive: Callable[[list[tuple[int, Completion]]], None],
+        finish: Callable[[], None],
+    ) -> None:
+        """`generate` in the background: (index of the request, completion) pairs as they are drawn, and the end of all.
+
+        Raises nothing: an engine's failure is met by whoever waits.
+        """
+        n, running = len(self), 0
+
+        def end() -> None:
+            nonlocal running
+            running -= 1
+            if not running:
+                finish()
+
+        for i, process in enumerate(self.processes):
+            if share := requests[i::n]:
+                running += 1
+                answers = process.actor.stream.options(num_returns="streaming").remote(share, params)
+                self.supervisor.watch(process, answers, lambda b, i=i: receive([(i + n * j, c) for j, c in b]), end)
+
 
 class RewardGroup(ActorGroup):
     def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> tuple[list[float], dict[str, int]]:
         """Rewards in order, and how many of them timed out or failed (those are 0)."""
         return self.call("score", pairs)[0]
+
+    def submit(
+        self,
+        pairs: Sequence[tuple[Prompt, Completion]],
+        receive: Callable[[tuple[list[float], dict[str, int]]], None],
+    ) -> None:
+        """`score` in the background."""
+        [process] = self.processes
+        self.supervisor.watch(process, process.actor.score.remote(pairs), receive)
 
 
 @dataclass(frozen=True, slots=True)
