@@ -114,10 +114,7 @@ class Supervisor:
         """What has been answered is no longer pending, or is handed on."""
         failures = []
         for answer in done:
-            if answer in pending:
-                failure = _failure(pending.pop(answer), answer)
-            else:
-                failure = self._hand_on(answer)
+            failure = _failure(pending.pop(answer), answer) if answer in pending else self._hand_on(answer)
             failures += [failure] if failure else []
         return failures
 
@@ -153,8 +150,9 @@ class Supervisor:
         num_machines = len({place.node_id for place in places})
         deadline = time.monotonic() + (_MACHINE_GRACE_S if num_machines > 1 else _GRACE_S)
         while all(failure.may_be_anothers for failure in failures) and time.monotonic() < deadline:
-            done, _ = ray.wait(list(pending), timeout=0.2) if pending else (time.sleep(0.2), None)
-            failures += [failure for ref in done or () if (failure := _failure(pending.pop(ref), ref))]
+            waiting = [*pending, *self._background]
+            done, _ = ray.wait(waiting, timeout=0.2) if waiting else (time.sleep(0.2), None)
+            failures += self._take(done or (), pending)
             failures += self._failed_meanwhile(pending)
             if num_machines > 1 and self._lost_machines():
                 break
