@@ -1,7 +1,8 @@
 """The command line. `train` and `eval` are here, the other commands have a module each in `commands/`.
 
-Exit codes: 0 done, 1 the run failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM. torch and ray are imported only when a
-command needs them, so that help and bad input are answered at once.
+Exit codes: 0 done, 1 the run failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM; of `train` also 75, stopped by SIGTERM or
+SIGUSR1, and 76, a machine was lost: both can be continued. torch and ray are imported only when a command needs them,
+so that help and bad input are answered at once.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from drpo_megatron import __version__
-from drpo_megatron.commands import BadInput, RunFailed, convert, plan
+from drpo_megatron.commands import BadInput, MachineLost, RunFailed, Stopped, convert, plan, study
 
 if TYPE_CHECKING:
     from drpo_megatron.config import Config
@@ -56,8 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
     except BadInput as error:
         return _fail(error, 2)
+    except MachineLost as error:
+        return _fail(error, 76)
     except RunFailed as error:
         return _fail(error, 1)
+    except Stopped as stop:
+        print(stop, flush=True)
+        return 75
     except KeyboardInterrupt as stop:
         print("terminated" if stop.args else "interrupted", file=sys.stderr)
         return 143 if stop.args else 130
@@ -90,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
     convert.add(commands, style)
     plan.add(commands, style)
+    study.add(commands, style)
     return parser
 
 
@@ -102,7 +109,17 @@ def _train(args: argparse.Namespace) -> None:
 
         print(describe_fields())
         return
-    signal.signal(signal.SIGTERM, _raise_interrupt)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _raise_interrupt)  # While the loop runs, it has a gentler answer.
+    try:
+        _train_or_resume(args)
+    except KeyboardInterrupt as stop:
+        if stop.args:
+            raise Stopped(f"stopped by {signal.Signals(stop.args[0]).name}") from stop
+        raise
+
+
+def _train_or_resume(args: argparse.Namespace) -> None:
     try:
         config, run = _configure(args)
         from drpo_megatron.orchestration.run import read_inputs
@@ -149,19 +166,20 @@ def _open(config: Config, run: RunDirectory | None) -> RunDirectory:
 
 def _train_in(config: Config, inputs: Inputs, run: RunDirectory) -> None:
     from drpo_megatron.orchestration.run import train
-    from drpo_megatron.orchestration.workers import ProcessFailure
+    from drpo_megatron.orchestration.workers import LostMachine, ProcessFailure
 
     try:
         summary = train(config, inputs, run, _say)
+    except LostMachine as error:
+        raise MachineLost(f"{error}{_how_to_resume(run)}") from error
     except (ProcessFailure, ValueError, OSError) as error:
         raise RunFailed(f"{error}{_how_to_resume(run)}") from error
     except KeyboardInterrupt:
         _say(_how_to_resume(run).strip())
         raise
     if summary is None:
-        _say(_how_to_resume(run).strip())
-    else:
-        _print_summary(summary, run)
+        raise Stopped(_how_to_resume(run).strip())
+    _print_summary(summary, run)
 
 
 def _how_to_resume(run: RunDirectory) -> str:

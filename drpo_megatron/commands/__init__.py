@@ -12,3 +12,11 @@ class BadInput(Exception):
 
 class RunFailed(Exception):
     """The input was fine, the run was not. Exit code 1."""
+
+
+class Stopped(Exception):
+    """A signal ended the run, which can be continued. Exit code 75, the EX_TEMPFAIL of sysexits.h."""
+
+
+class MachineLost(RunFailed):
+    """A machine left the cluster: the run can be continued on others. Exit code 76."""

@@ -107,6 +107,11 @@ class TrainerSection(Section):
     """Divisor of seq-mean-token-sum-norm. None: rollout.max_response_tokens (the paper's choice)."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus. 0 in the paper."""
+    routing_replay: Literal["off", "measure", "rollout"] = "off"
+    """Experts of the tokens in the trainer. `rollout`: those that the engine used, which reports them for every token
+    (R3); the router still weighs them, and learns. `measure`: the trainer's own, and the metric
+    mismatch/router_flips/share counts where the engine used others. `off`: the engine reports nothing, which saves
+    experts a token x layers bytes a token on the way (up to 256 experts)."""
     bad_behavior: Literal["drop", "raise"] = "drop"
     """What to do with a live token whose mu is not finite: give it weight 0 and count it, or stop."""
     log_ratio_max: PositiveFloat = 20.0
@@ -277,6 +282,8 @@ class MetricsSection(Section):
 class ClusterSection(Section):
     ray_address: str | None = None
     """None: a Ray of our own on this machine. `auto` or HOST:PORT joins a running one."""
+    num_machines: PositiveInt = 1
+    """How many machines of the cluster at ray_address the run waits for before it starts."""
     startup_timeout_s: PositiveFloat = 300.0
     """How long actors may take to start before the run ends with an error that names the one that did not."""
     step_timeout_s: PositiveFloat = 3600.0

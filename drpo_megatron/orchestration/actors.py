@@ -14,7 +14,7 @@ import os
 import resource
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Place:
     host: str
+    """The name its Ray node was given, such as Slurm's; the machine's own where it has none."""
     address: str
+    node_id: str
+    """Ray's, of the machine."""
     pid: int
     gpus: tuple[int, ...]
 
@@ -48,7 +51,9 @@ class ProcessActor:
 
     def place(self) -> Place:
         gpus = tuple(int(gpu) for gpu in ray.get_gpu_ids())
-        return Place(socket.gethostname(), ray.util.get_node_ip_address(), os.getpid(), gpus)
+        address, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
+        name = next(node["NodeName"] for node in ray.nodes() if node["NodeID"] == node_id)
+        return Place(socket.gethostname() if name == address else name, address, node_id, os.getpid(), gpus)
 
     def open_log(self, log_file: Path) -> None:
         """Send file descriptors 1 and 2 to the file: also what native libraries and child processes print."""
@@ -126,8 +131,11 @@ class TrainerRank(ProcessActor):
     def load_checkpoint(self, directory: Path) -> None:
         self.trainer.load_checkpoint(directory)
 
-    def publish_weights(self, engines: Sequence[Any]) -> PublishReport:
-        """Rank 0 puts buckets into the object store for all engines to load; the others take part in the export."""
+    def publish_weights(self, engines: Sequence[Any], quantized: bool) -> PublishReport:
+        """Rank 0 puts buckets into the object store for all engines to load; the others take part in the export.
+
+        `quantized`: as `precision.rollout` says; otherwise as they are.
+        """
         import torch
 
         from drpo_megatron.weight_sync import publish
@@ -139,8 +147,15 @@ class TrainerRank(ProcessActor):
         def finish(policy_version: int, checksums: dict[str, str]) -> None:
             ray.get([engine.finish_update.remote(policy_version, checksums) for engine in engines])
 
-        exported = self.trainer.export_weights()
-        report = publish(exported, self.trainer.policy_version, load, finish, dtype=torch.float32)
+        precision = self.trainer.rollout_precision if quantized else None
+        report = publish(
+            self.trainer.export_weights(),
+            self.trainer.policy_version,
+            load,
+            finish,
+            dtype=torch.float32,
+            encode=precision.dequantized if precision is not None else None,
+        )
         if self.rank == 0:
             print(f"published version {report.policy_version}: {report.num_bytes} bytes in {report.seconds:.3f} s")
         return report
@@ -167,10 +182,13 @@ class EngineActor(ProcessActor):
         from drpo_megatron.rollout.transformers_engine import TransformersEngine
 
         device = "cuda" if ray.get_gpu_ids() else "cpu"
-        self.engine = TransformersEngine(config.model.hf_path, config.rollout.engine, device)
+        self.engine = TransformersEngine(config.model.hf_path, config.rollout.engine, device, config.precision)
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]:
         return self.engine.generate(requests, params)
+
+    def round_activations(self, is_on: bool) -> None:
+        self.engine.round_activations(is_on)
 
     def load_weights(self, bucket: Bucket) -> None:
         self.engine.load_weights(bucket)

@@ -62,6 +62,7 @@ def _ray(config: Config) -> Iterator[None]:
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            _wait_for_machines(config.cluster.num_machines, config.cluster.startup_timeout_s)
         else:
             ray.init(
                 num_cpus=max(os.cpu_count() or 1, _num_processes(config)),
@@ -79,6 +80,17 @@ def _ray(config: Config) -> Iterator[None]:
         signal.signal(signal.SIGINT, on_sigint)
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _wait_for_machines(wanted: int, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while len(names := sorted(node["NodeName"] for node in ray.nodes() if node["Alive"])) < wanted:
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"cluster.num_machines={wanted}, but after cluster.startup_timeout_s={timeout_s:g} the Ray cluster has "
+                f"{len(names)}: {', '.join(names)}; look at why Ray did not start on the others"
+            )
+        time.sleep(1)
 
 
 def _start(config: Config, logs: Path, say: Callable[[str], None]) -> Workers:

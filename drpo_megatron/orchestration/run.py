@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,9 @@ from drpo_megatron.sinks import MetricsLogger
 from drpo_megatron.types import Prompt, Sample
 
 Say = Callable[[str], None]
+
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+"""What a scheduler sends before a time limit or a preemption."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,8 @@ def train(config: Config, inputs: Inputs, run: RunDirectory, say: Say) -> dict[s
         metrics = MetricsLogger(run.path, config.metrics, total_steps, resume_step)
         try:
             loop = Loop(config, run, workers, prompts, inputs.heldout, inputs.demonstrations, metrics, clock, say)
-            loop.run(checkpoint)
+            with _stopping_at_signals(loop):
+                loop.run(checkpoint)
         finally:
             metrics.close()
         if loop.stop_reason is not None:
@@ -95,6 +101,21 @@ def train(config: Config, inputs: Inputs, run: RunDirectory, say: Say) -> dict[s
     if config.metrics.plot:
         draw_training(run.path)
     return summary
+
+
+@contextmanager
+def _stopping_at_signals(loop: Loop) -> Iterator[None]:
+    """One of STOP_SIGNALS, however often it comes, ends the loop after its present step, with a checkpoint."""
+
+    def ask(signum: int, frame: Any) -> None:
+        loop.request_stop(f"{signal.Signals(signum).name} received")
+
+    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def summarise(config: Config, loop: Loop, workers: Workers) -> dict[str, Any]:

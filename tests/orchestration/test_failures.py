@@ -45,20 +45,35 @@ def test_a_killed_process_is_named_within_a_minute(tmp_path: Path, log: str, nam
     assert command.still_running(processes, within_s=10) == []
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
-def test_an_interrupted_run_leaves_no_process(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_an_interrupted_run_leaves_no_process(tmp_path: Path) -> None:
     command.prepare(tmp_path, **_LONG)
     process = command.start(tmp_path, "train", "run.yaml")
     command.wait_for_step(process, tmp_path, 3)
     processes = command.descendants(process)
     assert len(processes) > 3
-    os.killpg(process.pid, number)  # What a terminal does on Ctrl-C.
-    ended, output = command.finish(process, tmp_path, timeout_s=30)
-    assert ended == code
+    os.killpg(process.pid, signal.SIGINT)  # What a terminal does on Ctrl-C.
+    code, output = command.finish(process, tmp_path, timeout_s=30)
+    assert code == 130
     assert "Traceback" not in output and "resume with: drpo-megatron train --resume run" in output
     assert command.still_running(processes, within_s=10) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_run_that_is_told_to_stop_saves_the_step_it_is_at(tmp_path: Path, number: signal.Signals) -> None:
+    command.prepare(tmp_path, **_LONG, checkpoint={"every": 0})
+    process = command.start(tmp_path, "train", "run.yaml")
+    command.wait_for_step(process, tmp_path, 2)
+    processes = command.descendants(process)
+    process.send_signal(number)
+    process.send_signal(number)  # A scheduler may say it twice.
+    code, output = command.finish(process, tmp_path, timeout_s=300)
+    assert code == 75
+    [saved] = (tmp_path / "run" / "checkpoints").iterdir()
+    last = command.metrics(tmp_path / "run")[-1]["step"]
+    assert saved.name == f"step_{last:06d}" and f"stopped after step {last}: {number.name} received" in output
+    assert "Traceback" not in output and "resume with: drpo-megatron train --resume run" in output
+    assert command.still_running(processes, within_s=30) == []
 
 
 @pytest.mark.slow
