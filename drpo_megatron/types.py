@@ -8,8 +8,11 @@ boundaries often and stay small); only `PackedBatch`, which never leaves a train
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +41,32 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutedExperts:
+    """Which experts the engine's routers chose for a sequence, as bytes: a long one has millions of them.
+
+    Row t is of the token at position t of prompt + response. The last token drawn was never fed to the model, so there
+    are len(prompt) + len(response) - 1 rows.
+    """
+
+    shape: tuple[int, int, int]
+    """(tokens, layers with experts, experts a token)"""
+    data: bytes
+    """Expert ids in C order: one byte each, or two (little-endian, signed) where an id is above 255."""
+
+    @staticmethod
+    def of(ids: np.ndarray) -> RoutedExperts:
+        """Packs integers [tokens, layers with experts, experts a token], none negative."""
+        tokens, layers, experts = ids.shape
+        small = ids.max(initial=0) < 256
+        return RoutedExperts((tokens, layers, experts), ids.astype(np.uint8 if small else "<i2").tobytes())
+
+    def ids(self) -> np.ndarray:
+        """A read-only view of the ids, in the shape."""
+        is_small = len(self.data) == math.prod(self.shape)
+        return np.frombuffer(self.data, np.uint8 if is_small else "<i2").reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """What the engine drew for one prompt, with the probability it drew each token with.
 
@@ -58,6 +87,8 @@ class Completion:
     """The K most probable tokens at every position, most probable first. None: not asked for."""
     topk_logprobs: tuple[tuple[float, ...], ...] | None = None
     """log mu of topk_ids."""
+    routed_experts: RoutedExperts | None = None
+    """Of prompt and response. None: not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +121,8 @@ class Sample:
     """The engine's K most probable tokens at every response token, for objectives that compare with them."""
     topk_behavior_logprobs: tuple[tuple[float, ...], ...] | None = None
     """log mu of topk_ids."""
+    routed_experts: RoutedExperts | None = None
+    """The engine's, of prompt and response (trainer.routing_replay)."""
 
     @property
     def num_tokens(self) -> int:
@@ -127,6 +160,9 @@ class PackedBatch:
     """[T, K] int64 or None: the engine's most probable tokens in the place of targets."""
     topk_behavior_logprobs: torch.Tensor | None
     """[T, K] FP32 or None, log mu of topk_ids."""
+    routed_experts: torch.Tensor | None
+    """[T, layers with experts, experts a token] int16 or None: the engine's choice for the token at each position itself;
+    -1 where there is none: padding, and the last token of every sequence."""
     sequence_ids: torch.Tensor
     """[T] int64, the index of the token's sequence in `sample_ids`; -1 in padding."""
     sample_ids: tuple[str, ...]

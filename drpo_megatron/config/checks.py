@@ -41,6 +41,7 @@ def check_config(config: Config) -> list[str]:
     else:
         problems += [*_tokenizer_problems(config), *_model_problems(config.parallel, model)]
         problems += [*_context_problems(config, model), *_megatron_path_problems(config, model)]
+        problems += _routing_problems(config, model)
     if problems:
         raise ValueError(listed("this configuration can't run", problems))
     return list(_warnings(config))
@@ -242,6 +243,23 @@ def _batch_problems(config: Config) -> Iterator[str]:
         yield (
             f"trainer.max_tokens_per_micro_batch={trainer.max_tokens_per_micro_batch} can't hold a prompt and "
             f"rollout.max_response_tokens={rollout.max_response_tokens}; use at least {needed} and the longest prompt"
+        )
+
+
+def _routing_problems(config: Config, model: HFModelConfig) -> Iterator[str]:
+    replay, engine = config.trainer.routing_replay, config.rollout.engine
+    if replay == "off":
+        return
+    if model.num_experts is None:
+        yield (
+            f"trainer.routing_replay={replay}, but {model.model_type} is a dense model without experts to choose from; "
+            "set trainer.routing_replay=off"
+        )
+    if engine.name == "sglang" and engine.flags.get("enable-return-routed-experts") is False:
+        yield (
+            f"trainer.routing_replay={replay} needs routed experts from the engine, and "
+            "rollout.engine.flags.enable-return-routed-experts=false forbids SGLang to report them; leave the flag out, "
+            "or set trainer.routing_replay=off"
         )
 
 

@@ -41,6 +41,34 @@ class HFModelConfig:
     """Of a gated delta net. None: every layer is attention."""
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertRouting:
+    """How a model routes: what a trace of its routers has to look like."""
+
+    num_layers: int
+    """Of the model, those without experts included."""
+    moe_layers: tuple[int, ...]
+    """The layers with experts, counted from 0."""
+    num_experts: int
+    experts_per_token: int
+
+
+def read_expert_routing(directory: str | os.PathLike[str]) -> ExpertRouting | None:
+    """The same file's word on routing. None for a dense model. Raises ValueError as `read_hf_config` does."""
+    model = read_hf_config(directory)
+    if model.num_experts is None:
+        return None
+    file = Path(directory) / "config.json"
+    fields = _read_object(file)
+    fields = fields.get("text_config", fields)
+    experts_per_token = fields.get("num_experts_per_tok")
+    if type(experts_per_token) is not int or not 1 <= experts_per_token <= model.num_experts:
+        raise ValueError(f"{file}: num_experts_per_tok={experts_per_token!r} is not within 1 ... {model.num_experts}")
+    dense, step = fields.get("mlp_only_layers") or (), fields.get("decoder_sparse_step", 1)
+    layers = tuple(layer for layer in range(model.num_layers) if layer not in dense and (layer + 1) % step == 0)
+    return ExpertRouting(model.num_layers, layers, model.num_experts, experts_per_token)
+
+
 def read_hf_config(directory: str | os.PathLike[str]) -> HFModelConfig:
     """What `config.json` of a Hugging Face checkpoint says about the model.
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from drpo_megatron.types import PackedBatch, Sample
@@ -151,6 +152,7 @@ def pack(
         weights += [*no_loss_before, *[weight] * num_targets, *no_loss_after]
 
     length = _padded_length(ends[-1], length_multiple, total_length)
+    routed_experts = _routed_experts(samples, token_weights, ends, length)
     tail = length - ends[-1]
     if tail:
         ends.append(length)
@@ -166,22 +168,45 @@ def pack(
         weights=torch.tensor(weights + zeros, dtype=torch.float32),
         sequence_ids=torch.tensor(sequence_ids + [-1] * tail, dtype=torch.int64),
         sample_ids=tuple(sample.sample_id for sample in samples),
+        routed_experts=routed_experts,
         **{name: _optional_vector(name, samples, starts, length) for name in _OPTIONAL_VECTORS},
     )
 
 
 def _optional_vector(name: str, samples: Sequence[Sample], starts: Sequence[int], length: int) -> torch.Tensor | None:
     """[length] or [length, K] with every sample's values from its place in `starts` on, 0 elsewhere. None: not given."""
-    per_sample = [getattr(sample, name) for sample in samples]
-    missing = [sample.sample_id for sample, values in zip(samples, per_sample, strict=True) if values is None]
-    if len(missing) == len(samples):
+    if not _all_have(name, samples):
         return None
-    if missing:
-        raise ValueError(f"sample {missing[0]} has no {name} and others in its micro-batch have; give all or none")
+    per_sample = [getattr(sample, name) for sample in samples]
     values = torch.tensor([value for values in per_sample for value in values], dtype=_OPTIONAL_VECTORS[name])
     vector = values.new_zeros(length, *values.shape[1:])
     vector[[start + i for start, values in zip(starts, per_sample, strict=True) for i in range(len(values))]] = values
     return vector
+
+
+def _routed_experts(
+    samples: Sequence[Sample], weights: Sequence[float], begins: Sequence[int], length: int
+) -> torch.Tensor | None:
+    """[length, layers, experts a token] with every sample's rows from its place in `begins` on, -1 elsewhere.
+
+    -1 also for samples of weight 0, which only fill a micro-batch: their tokens count in no statistic.
+    """
+    if not _all_have("routed_experts", samples):
+        return None
+    traces = [sample.routed_experts.ids() for sample in samples if sample.routed_experts is not None]
+    packed = np.full((length, *traces[0].shape[1:]), -1, dtype=np.int16)
+    for begin, trace, weight in zip(begins[:-1], traces, weights, strict=True):
+        if weight:
+            packed[begin : begin + len(trace)] = trace
+    return torch.from_numpy(packed)
+
+
+def _all_have(name: str, samples: Sequence[Sample]) -> bool:
+    """Whether all samples have the field; False also for no samples. ValueError when only some have it."""
+    missing = [sample.sample_id for sample in samples if getattr(sample, name) is None]
+    if missing and len(missing) < len(samples):
+        raise ValueError(f"sample {missing[0]} has no {name} and others in its micro-batch have; give all or none")
+    return bool(samples) and not missing
 
 
 def _padded_length(num_tokens: int, length_multiple: int, total_length: int | None) -> int:
@@ -230,7 +255,8 @@ def context_parallel_slice(batch: PackedBatch, cp_rank: int, cp_size: int) -> Pa
         for place in (cp_rank, num_chunks - 1 - cp_rank):
             pieces.append(torch.arange(begin + place * chunk, begin + (place + 1) * chunk))
     rows = torch.cat(pieces)
-    optional = {name: vector[rows] for name in _OPTIONAL_VECTORS if (vector := getattr(batch, name)) is not None}
+    names = ("routed_experts", *_OPTIONAL_VECTORS)
+    optional = {name: vector[rows] for name in names if (vector := getattr(batch, name)) is not None}
     return replace(
         batch,
         input_ids=batch.input_ids[rows],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,8 @@ class SamplingParams:
     top_k: int = -1
     num_topk: int = 0
     """How many of the most probable tokens to report with every draw. Has no influence on the draw."""
+    routed_experts: bool = False
+    """Report the experts of every token, prompts included. Models with experts only; no influence on the draw."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,12 @@ class GenerationRequest:
 class RolloutEngine(Protocol):
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]:
         """Completions in the order of the requests."""
+        ...
+
+    def stream(
+        self, requests: Sequence[GenerationRequest], params: SamplingParams
+    ) -> Iterator[list[tuple[int, Completion]]]:
+        """The same (index of the request, completion) pairs as `generate`, some at a time, as they are drawn."""
         ...
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

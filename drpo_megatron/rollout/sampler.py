@@ -60,6 +60,7 @@ def to_samples(groups: Sequence[RolloutGroup], advantages: AdvantageName) -> lis
                         policy_version=completion.policy_version,
                         topk_ids=completion.topk_ids,
                         topk_behavior_logprobs=completion.topk_logprobs,
+                        routed_experts=completion.routed_experts,
                     )
                 )
     return samples

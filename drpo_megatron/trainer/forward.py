@@ -6,6 +6,7 @@ Import only after `platform.activate`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from drpo_megatron.trainer.layers import PackedSequences
+from drpo_megatron.trainer.routing_replay import RoutingReplay
 from drpo_megatron.types import PackedBatch
 
 LossFunction = Callable[[PackedBatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Any]]
@@ -62,6 +64,7 @@ def run_micro_batches(
     batches: Sequence[PackedBatch],
     loss_function: LossFunction,
     *,
+    routing: RoutingReplay | None = None,
     length: int,
     forward_only: bool,
     device: torch.device,
@@ -69,6 +72,7 @@ def run_micro_batches(
     """One forward(-backward) over all micro-batches by Megatron's schedule; what the loss function collected.
 
     Args:
+        routing: of a model with experts; told of every forward pass.
         length: T of every micro-batch before context parallel slicing; pipeline stages agree on it beforehand.
 
     Returns:
@@ -78,7 +82,8 @@ def run_micro_batches(
 
     def forward_step(batches: Iterator[PackedBatch], model: Any) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
-        hidden = hidden_states(model, batch, device)
+        with routing.during_forward(model, batch) if routing else nullcontext():
+            hidden = hidden_states(model, batch, device)
         return hidden, partial(finish, batch, unwrap(model))
 
     def finish(batch: PackedBatch, model: PolicyModel, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
