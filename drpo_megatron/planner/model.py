@@ -59,6 +59,8 @@ class Model:
     """Of every layer, whether its attention keeps keys and values of all earlier tokens (linear attention does not)."""
     linear_attention: int
     """Elements that the input projections of a linear attention give a token. 0: there is none."""
+    recurrent_state: int
+    """Elements that a linear attention keeps of a whole sequence, in place of keys and values. 0: there is none."""
     layers: tuple[LayerParameters, ...]
     final_norm: int
     vocabularies: int
@@ -108,6 +110,7 @@ def read_model(directory: str) -> Model:
         has_experts=tuple(bool(flag) for flag in with_experts),
         caches_keys=tuple(kind != "linear_attention" for kind in kinds),
         linear_attention=_linear_attention(text_config) if "linear_attention" in kinds else 0,
+        recurrent_state=_recurrent_state(text_config) if "linear_attention" in kinds else 0,
         layers=_by_layer(rules, num_layers),
         final_norm=sum(_size(rule) for rule in outside if not isinstance(rule.layout, Vocabulary)),
         vocabularies=len(vocabularies),
@@ -119,6 +122,11 @@ def _linear_attention(hf_config: Any) -> int:
     keys = hf_config.linear_num_key_heads * hf_config.linear_key_head_dim
     values = hf_config.linear_num_value_heads * hf_config.linear_value_head_dim
     return 2 * keys + 2 * values
+
+
+def _recurrent_state(hf_config: Any) -> int:
+    """A key x value matrix a head. The convolution's last few tokens are small beside it."""
+    return hf_config.linear_num_value_heads * hf_config.linear_key_head_dim * hf_config.linear_value_head_dim
 
 
 def _by_layer(rules: list[Rule], num_layers: int) -> tuple[LayerParameters, ...]:

@@ -15,6 +15,9 @@ from drpo_megatron.planner.hardware import (
 from drpo_megatron.planner.model import Model
 from drpo_megatron.planner.work import Work
 
+_STATE_BYTES = 4
+"""SGLang keeps recurrent states in FP32, unless told otherwise."""
+
 
 @dataclass(frozen=True, slots=True)
 class Engine:
@@ -23,8 +26,10 @@ class Engine:
     num_replicas: int
     gpus: int
     """Of a replica."""
-    weight_bytes: float
+    weight_bytes: int
     """A parameter."""
+    layer_weight_bytes: int
+    """A parameter of a layer: less where the engine quantises (embeddings and head stay as they are)."""
     cache_bytes: int
     """An element of the KV cache."""
 
@@ -36,7 +41,7 @@ class Rollout:
     weight_bytes: float
     """A GPU."""
     cache_bytes: float
-    """A GPU: what is left for keys and values. Not above 0: the weights alone are too large."""
+    """A GPU: what is left for keys and values, and recurrent states. Not above 0: the weights alone are too large."""
     cache_bytes_per_token: float
     """A GPU."""
     concurrency: int
@@ -49,34 +54,42 @@ def engine_of(config: Config) -> Engine:
     """A replica: the embedded engine is an FP32 model on one GPU, an SGLang server may hold several of many GPUs."""
     section = config.rollout.engine
     if section.name == "transformers":
-        return Engine(num_replicas=section.num_engines, gpus=1, weight_bytes=4, cache_bytes=4)
+        return Engine(section.num_engines, gpus=1, weight_bytes=4, layer_weight_bytes=4, cache_bytes=4)
     width = 4 if section.dtype == "float32" else 2
     is_fp8_cache = str(section.flags.get("kv-cache-dtype", "auto")).startswith("fp8")
-    replicas = section.num_engines * section.data_parallel
-    return Engine(replicas, section.tensor_parallel, width, 1 if is_fp8_cache else width)
+    return Engine(
+        num_replicas=section.num_engines * section.data_parallel,
+        gpus=section.tensor_parallel,
+        weight_bytes=width,
+        layer_weight_bytes=1 if config.precision.rolls_out_quantized else width,
+        cache_bytes=1 if is_fp8_cache else width,
+    )
 
 
 def plan_rollout(model: Model, config: Config, work: Work, gpu_bytes: float) -> Rollout:
     engine = engine_of(config)
-    weights = model.num_parameters * engine.weight_bytes / engine.gpus
+    in_layers = sum(layer.total for layer in model.layers)
+    outside = (model.num_parameters - in_layers) * engine.weight_bytes
+    weights = (outside + in_layers * engine.layer_weight_bytes) / engine.gpus
     groups = model.num_groups / min(engine.gpus, model.num_groups)  # More ranks than groups hold copies.
     head = model.key / model.num_groups
     a_token = 2 * sum(model.caches_keys) * groups * head * engine.cache_bytes
+    state = model.caches_keys.count(False) * model.recurrent_state * _STATE_BYTES / engine.gpus
     cache = gpu_bytes * ENGINE_MEMORY_SHARE - weights
-    concurrency = max(0, int(cache / (a_token * work.longest_tokens)))
-    seconds = _seconds(model, config, work, engine, concurrency)
+    concurrency = max(0, int(cache / (a_token * work.longest_tokens + state)))
+    seconds = _seconds(model, config, work, engine, weights * engine.gpus, concurrency)
     return Rollout(engine.num_replicas, engine.gpus, weights, cache, a_token, concurrency, seconds)
 
 
-def _seconds(model: Model, config: Config, work: Work, engine: Engine, concurrency: int) -> float:
-    """Decoding is bound by memory or by compute; the longest response is waited for."""
+def _seconds(model: Model, config: Config, work: Work, engine: Engine, weight_bytes: float, concurrency: int) -> float:
+    """Decoding is bound by memory or by compute; the longest response is waited for. `weight_bytes` of a replica."""
     if concurrency < 1:
         return math.inf
     sequences = math.ceil(work.num_sequences / engine.num_replicas)
     at_once = min(sequences, concurrency)
     experts_read = 1 - (1 - model.experts_per_token / model.num_experts) ** at_once if model.num_experts else 0.0
     routed = sum(layer.expert for layer in model.layers)
-    weights = (model.num_parameters - routed * (1 - experts_read)) * engine.weight_bytes
+    weights = weight_bytes - routed * (1 - experts_read) * engine.layer_weight_bytes
     context = work.prompt_tokens + work.mean_response_tokens / 2
     cache = at_once * context * 2 * sum(model.caches_keys) * model.key * engine.cache_bytes
     read_s = (weights + cache) / (HBM_BYTES_PER_S * engine.gpus)

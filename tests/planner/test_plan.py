@@ -48,7 +48,7 @@ def test_a_1f1b_stage_holds_as_many_micro_batches_as_there_are_stages_after_it_a
 
 
 def test_traffic_of_a_step_is_that_of_its_collectives() -> None:
-    config = recipe("model.recompute=none")
+    config = recipe("model.recompute=none", "parallel.expert=16")
     plan = make_plan(config, model_of(config), GPU)
     traffic, work = plan.stages[0].traffic, plan.work
     tokens = work.num_tokens / config.parallel.data
@@ -84,7 +84,7 @@ def test_a_bubble_shrinks_with_virtual_stages() -> None:
 def test_on_more_gpus_engines_keep_their_share() -> None:
     config = on_gpus(recipe(), 64)
     assert (config.parallel.num_ranks, config.rollout.engine.num_engines) == (32, 16)
-    with pytest.raises(ValueError, match=r"--gpus 40 can't be shared .* multiples of 16 .* use 32, .* GPUs"):
+    with pytest.raises(ValueError, match=r"--gpus 40 can't be shared .* multiples of 8 .* use 16, 32, .* GPUs"):
         on_gpus(recipe(), 40)
 
 
@@ -131,7 +131,7 @@ def test_the_command_prints_tables_and_json(capsys: pytest.CaptureFixture[str], 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpus", "40"], "use 32, "),
+        (["--gpus", "40"], "use 16, 32, "),
         (["--gpu-memory", "24GB"], r"any one of these makes it fit|no single change"),
         (["parallel.tensor=3"], "num_attention_heads=32 is not divisible by parallel.tensor=3"),
         (["rollout.engine={name: transformers, num_engines: 16}"], "too little for one sequence"),
