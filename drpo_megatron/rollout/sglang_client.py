@@ -7,6 +7,7 @@ connection, no answer in time). `LoopThread` lets code that isn't asynchronous m
 from __future__ import annotations
 
 import asyncio
+import base64
 import math
 import threading
 import uuid
@@ -17,10 +18,12 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar, get_args
 
 import aiohttp
+import numpy as np
 
+from drpo_megatron.config.hf_config import ExpertRouting
 from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
 from drpo_megatron.rollout.sglang_server import Endpoint
-from drpo_megatron.types import FinishReason
+from drpo_megatron.types import FinishReason, RoutedExperts
 
 T = TypeVar("T")
 
@@ -58,14 +61,19 @@ class Generated:
     """(label of the weights, number of tokens that they drew), in order; together all tokens."""
     topk_ids: tuple[tuple[int, ...], ...] | None = None
     topk_logprobs: tuple[tuple[float, ...], ...] | None = None
+    routed_experts: RoutedExperts | None = None
 
 
 class SGLangClient:
     """One server. Make it inside a running event loop and close it there."""
 
-    def __init__(self, endpoint: Endpoint, stop_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self, endpoint: Endpoint, stop_token_ids: tuple[int, ...], routing: ExpertRouting | None = None
+    ) -> None:
+        """routing: of the served model, whose routed experts can be asked for. None: a dense model."""
         self.endpoint = endpoint
         self.stop_token_ids = stop_token_ids
+        self.routing = routing
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
             headers={"Authorization": f"Bearer {endpoint.api_key}"},
@@ -120,11 +128,29 @@ class SGLangClient:
                 sampling_params=sampling,
                 return_logprob=True,
                 top_logprobs_num=params.num_topk,
+                return_routed_experts=params.routed_experts,
             )
         except (ServerLost, asyncio.CancelledError):
             await self._abort_quietly(rid)
             raise
-        return _parsed(answer, self.endpoint.url)
+        generated = _parsed(answer, self.endpoint.url)
+        if not params.routed_experts:
+            return generated
+        num_tokens = len(request.prompt_ids) + len(generated.token_ids) - 1
+        return replace(generated, routed_experts=self._routed_experts(answer["meta_info"], num_tokens))
+
+    def _routed_experts(self, meta: dict[str, Any], num_tokens: int) -> RoutedExperts:
+        """Of the layers with experts: SGLang reports all layers, and for dense ones what happens to be there."""
+        url, routing = self.endpoint.url, self.routing
+        if routing is None:
+            raise ServerError(400, f"{url} serves a dense model, and was asked for routed experts")
+        if meta.get("routed_experts") is None:
+            raise ServerError(400, f"{url} reports no routed experts; start it with --enable-return-routed-experts")
+        ids = np.frombuffer(base64.b64decode(meta["routed_experts"]), dtype="<i4")
+        shape = (num_tokens, routing.num_layers, routing.experts_per_token)
+        if ids.size != math.prod(shape):
+            raise ServerError(500, f"{url} reports {ids.size} routed experts, and {shape} = {math.prod(shape)} are due")
+        return RoutedExperts.of(ids.reshape(shape)[:, list(routing.moe_layers)])
 
     async def abort_all(self) -> None:
         """End all running requests; their `generate` calls return what was drawn so far, finish_reason `abort`."""
@@ -138,8 +164,12 @@ class SGLangClient:
         await self.call("/continue_generation")
 
     async def flush_cache(self, timeout_s: float) -> None:
-        """Forget the KV of earlier prompts. It is refused while anything runs, a health check for instance."""
-        await self.call(f"/flush_cache?timeout={timeout_s}", timeout_s + _CONTROL_TIMEOUT_S)
+        """Forget the KV of earlier prompts, on a paused server.
+
+        The server is given no time-out of its own: with one it waits for an empty queue first, and the requests that
+        `pause` put back stand in it until `resume` (managers/scheduler_components/flush_wrapper.py:31 of 0.5.23).
+        """
+        await self.call("/flush_cache", timeout_s)
 
     async def set_weight_version(self, label: str) -> None:
         await self.call("/update_weight_version", new_version=label, abort_all_requests=False)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from drpo_megatron.checkpoint.hf import tensor_checksum
-from drpo_megatron.config.hf_config import read_hf_config
+from drpo_megatron.config.hf_config import ExpertRouting, read_expert_routing, read_hf_config
 from drpo_megatron.config.sections import SGLangEngineSection
 from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
 from drpo_megatron.rollout.sglang_client import Generated, LoopThread, SGLangClient
@@ -40,15 +40,17 @@ class SGLangEngine:
         self.context_length = read_hf_config(hf_path).max_position_embeddings
         self.policy_version = 0
         self._loop = LoopThread()
-        self._loop.run(self._connect(endpoints, section))
+        self._loop.run(self._connect(endpoints, section, read_expert_routing(hf_path)))
         self.sender = WeightSender(self.clients, self._loop, section, hf_path, wait_for_server_s)
         self._received: dict[str, str] = {}
         self._label = ""
         self._drawn: dict[tuple[str, SamplingParams], Completion] = {}
         """Of a `generate` that was interrupted: what had finished, with the weights of `_label`."""
 
-    async def _connect(self, endpoints: Sequence[Endpoint], section: SGLangEngineSection) -> None:
-        self.clients = [SGLangClient(endpoint, self.stop_ids) for endpoint in endpoints]
+    async def _connect(
+        self, endpoints: Sequence[Endpoint], section: SGLangEngineSection, routing: ExpertRouting | None
+    ) -> None:
+        self.clients = [SGLangClient(endpoint, self.stop_ids, routing) for endpoint in endpoints]
         self.router = SGLangRouter(
             self.clients, section.max_concurrent_requests, section.max_attempts, section.request_timeout_s
         )
@@ -89,6 +91,7 @@ class SGLangEngine:
             policy_version=min((version for version, _ in versions), default=self.policy_version),
             topk_ids=drawn.topk_ids,
             topk_logprobs=drawn.topk_logprobs,
+            routed_experts=drawn.routed_experts,
         )
 
     # --- weights ------------------------------------------------------------------------------------------------------

@@ -53,12 +53,18 @@ class Endpoint:
     api_key: str = field(repr=False)
 
 
-def server_flags(model_path: str, section: SGLangEngineSection, dtype: str, device: str) -> list[str]:
-    """SGLang's command line but address and key. `section.flags` comes last, so that it wins."""
+def server_flags(
+    model_path: str, section: SGLangEngineSection, dtype: str, device: str, routed_experts: bool = False
+) -> list[str]:
+    """SGLang's command line but address and key. `section.flags` comes last, so that it wins.
+
+    routed_experts: the server will be asked for them. It then keeps them for every token in its cache.
+    """
     flags: dict[str, Any] = {
         **(_CPU_DEFAULTS if device == "cpu" else {}),
         "tp-size": section.tensor_parallel,
         "dp-size": section.data_parallel,
+        "enable-return-routed-experts": routed_experts,
         **section.flags,
     }
     words = ["--model-path", model_path, "--dtype", dtype, "--skip-server-warmup", "--skip-tokenizer-init"]

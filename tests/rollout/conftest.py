@@ -26,7 +26,7 @@ class Served:
 
     def engine(self, sync: str = "tensor", **fields: object) -> SGLangEngine:
         section = SGLangEngineSection(sync=sync, **fields)
-        return SGLangEngine([keeper.server.endpoint for keeper in self.keepers], section, str(self.hf_path), 120.0)
+        return SGLangEngine([keeper.server.endpoint for keeper in self.keepers], section, str(self.hf_path), 600.0)
 
 
 def launch(directory: Path, num_servers: int, **fields: object) -> Iterator[Served]:
@@ -34,11 +34,11 @@ def launch(directory: Path, num_servers: int, **fields: object) -> Iterator[Serv
         pytest.skip("SGLang's environment is not there; `make sglang-cpu` sets it up")
     hf_path = save_checkpoint(directory / "model", tiny_moe_config(num_hidden_layers=2))
     section = SGLangEngineSection(python=str(PYTHON), flags={"max-running-requests": 64}, **fields)
-    flags = server_flags(str(hf_path), section, "float32", "cpu")
+    flags = server_flags(str(hf_path), section, "float32", "cpu", routed_experts=True)
     servers = [
         SGLangServer(flags, section.python, "cpu", directory / f"server-{index}.log") for index in range(num_servers)
     ]
-    keepers = [ServerKeeper(server, section, startup_timeout_s=300.0) for server in servers]
+    keepers = [ServerKeeper(server, section, startup_timeout_s=600.0) for server in servers]
     try:
         for keeper in keepers:
             keeper.start()
