@@ -151,15 +151,12 @@ def keep_hf_files_of_training(source: str | Path, directory: Path) -> None:
     """Write the folder for a checkpoint of a training run that began with `source`.
 
     Args:
-        source: the model's directory: a Hugging Face checkpoint, or the `hf/` of a converted one. Tensors that no
-            parameter takes stay there.
+        source: a Hugging Face checkpoint. Tensors that no parameter takes stay there.
     """
     source = Path(source)
     directory.mkdir()
     copy_other_files(source, directory)
-    is_converted = (source / TENSORS_FILE).is_file()
-    layout = CarriedFiles(source).layout if is_converted else FileLayout.of(HFCheckpoint(source))
-    _write_record(directory, layout, is_trained=True, untrained=str(source.resolve()))
+    _write_record(directory, FileLayout.of(HFCheckpoint(source)), is_trained=True, untrained=str(source.resolve()))
 
 
 def write_config(directory: Path, config: dict[str, Any]) -> None:
