@@ -204,6 +204,15 @@ class RolloutSection(Section):
     """Must be -1 (off) to train, for the same reason."""
     resample_equal_groups: NonNegativeInt = 0
     """Draw up to this many further rounds of prompts to replace groups whose rewards are all equal (no gradient)."""
+    max_staleness: NonNegativeInt = 0
+    """k: the engines draw for the next k steps while the trainer trains, and a sample is trained on at most k policy
+    versions after it was drawn; an older one is dropped and counted. 0: generation and training take turns. With 1 a
+    step takes about the longer of both."""
+    dump: bool = False
+    """Keep what every step trained on, in `rollouts/` of the run directory."""
+    from_dump: str | None = None
+    """Directory of dumped rollouts to train on, step by step, instead of new ones: no engine and no reward is started.
+    What `train --from-dump` sets. None: draw."""
 
 
 class DataSection(Section):

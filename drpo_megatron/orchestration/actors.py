@@ -187,6 +187,11 @@ class EngineActor(ProcessActor):
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]:
         return self.engine.generate(requests, params)
 
+    def stream(
+        self, requests: Sequence[GenerationRequest], params: SamplingParams
+    ) -> Iterator[list[tuple[int, Completion]]]:
+        yield from self.engine.stream(requests, params)
+
     def round_activations(self, is_on: bool) -> None:
         self.engine.round_activations(is_on)
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import ray
 
@@ -24,6 +25,7 @@ from drpo_megatron.orchestration.actors import EngineActor, RewardActor, Trainer
 from drpo_megatron.orchestration.clock import Clock
 from drpo_megatron.orchestration.workers import (
     ActorGroup,
+    Call,
     EngineGroup,
     Process,
     RewardGroup,
@@ -36,21 +38,40 @@ _OBJECT_STORE_BYTES = 512 * 2**20
 """Of our own Ray: holds a weight bucket, a rollout and little else; more than that spills to the disk."""
 
 
+class Numbers(NamedTuple):
+    """How many processes of each kind a run has."""
+
+    ranks: int
+    engines: int
+    rewards: int
+
+    @classmethod
+    def of(cls, config: Config, trains: bool) -> Numbers:
+        ranks = config.parallel.num_ranks if trains else 0
+        draws = config.rollout.from_dump is None
+        return cls(ranks, config.rollout.engine.num_engines, 1) if draws else cls(ranks, 0, 0)
+
+
 @contextmanager
-def cluster(config: Config, logs: Path, clock: Clock, say: Callable[[str], None]) -> Iterator[Workers]:
+def cluster(
+    config: Config, logs: Path, clock: Clock, say: Callable[[str], None], *, trains: bool = True
+) -> Iterator[Workers]:
     """All processes of the run, started and ready. They end with the block, however it ends.
+
+    trains=False starts no trainer ranks; with rollout.from_dump there are neither engines nor rewards.
 
     Raises: ValueError when the cluster is too small; ProcessFailure when a process fails to start in time.
     """
     with ExitStack() as stack:
         with clock.phase("startup"):
-            stack.enter_context(_ray(config))
-            workers = _start(config, logs, say)
+            numbers = Numbers.of(config, trains)
+            stack.enter_context(_ray(config, numbers))
+            workers = _start(config, numbers, logs, say)
         yield workers
 
 
 @contextmanager
-def _ray(config: Config) -> Iterator[None]:
+def _ray(config: Config, numbers: Numbers) -> Iterator[None]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     address = config.cluster.ray_address
     temporary = None if address else tempfile.mkdtemp(prefix="ray-", dir=_short_temporary_directory())
@@ -65,7 +86,7 @@ def _ray(config: Config) -> Iterator[None]:
             _wait_for_machines(config.cluster.num_machines, config.cluster.startup_timeout_s)
         else:
             ray.init(
-                num_cpus=max(os.cpu_count() or 1, _num_processes(config)),
+                num_cpus=max(os.cpu_count() or 1, sum(numbers)),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
@@ -93,11 +114,14 @@ def _wait_for_machines(wanted: int, timeout_s: float) -> None:
         time.sleep(1)
 
 
-def _start(config: Config, logs: Path, say: Callable[[str], None]) -> Workers:
-    num_ranks, num_engines = config.parallel.num_ranks, config.rollout.engine.num_engines
-    say(f"starting {_count(num_ranks, 'trainer rank')}, {_count(num_engines, 'engine')} and the rewards ...")
+def _start(config: Config, numbers: Numbers, logs: Path, say: Callable[[str], None]) -> Workers:
+    num_ranks, num_engines, num_rewards = numbers
+    kinds = [
+        _count(n, noun) for n, noun in zip(numbers, ("trainer rank", "engine", "reward process"), strict=True) if n
+    ]
+    say(f"starting {', '.join(kinds)} ...")
     started, timeout_s = time.monotonic(), config.cluster.startup_timeout_s
-    on_gpu = _ranks_have_gpus(config)
+    on_gpu = _ranks_have_gpus(config, numbers)
     spare_gpus = int(ray.cluster_resources().get("GPU", 0)) - num_ranks
     engines_on_gpu = on_gpu and spare_gpus >= num_engines
     supervisor = Supervisor()
@@ -120,9 +144,9 @@ def _start(config: Config, logs: Path, say: Callable[[str], None]) -> Workers:
         launch(EngineActor, f"engine {i}", f"engine-{i}", engine_environment, int(engines_on_gpu))
         for i in range(num_engines)
     ]
-    rewards = launch(RewardActor, "rewards", "rewards", _environment(1))
+    rewards = [launch(RewardActor, "rewards", "rewards", _environment(1)) for _ in range(num_rewards)]
 
-    processes = [*ranks, *engines, rewards]
+    processes = [*ranks, *engines, *rewards]
     places = supervisor.wait([(p, p.actor.place.remote()) for p in processes], timeout_s)
     for process, place in zip(processes, places, strict=True):
         process.place = place
@@ -130,15 +154,21 @@ def _start(config: Config, logs: Path, say: Callable[[str], None]) -> Workers:
     for process in processes:
         process.actor.open_log.remote(process.log_file)
 
-    others = [(p, p.actor.start.remote(config)) for p in (*engines, rewards)]
+    starting = [(p, p.actor.start.remote(config)) for p in (*engines, *rewards)]
+    if ranks:
+        starting += _start_ranks(config, ranks, supervisor)
+    supervisor.wait(starting, timeout_s)
+    say(f"all processes are up after {time.monotonic() - started:.0f} s; their output is in {logs}")
+    return Workers(ActorGroup(ranks, supervisor), EngineGroup(engines, supervisor), RewardGroup(rewards, supervisor))
+
+
+def _start_ranks(config: Config, ranks: list[Process], supervisor: Supervisor) -> list[Call]:
     for rank in ranks:
         rank.actor.import_trainer.remote()
-    host = ranks[0].place.address if config.cluster.ray_address else "127.0.0.1"
-    [port] = supervisor.wait([(ranks[0], ranks[0].actor.open_store.remote(host, num_ranks))], timeout_s)
-    meeting = [(p, p.actor.start.remote(config, r, host, port)) for r, p in enumerate(ranks)]
-    supervisor.wait([*meeting, *others], timeout_s)
-    say(f"all processes are up after {time.monotonic() - started:.0f} s; their output is in {logs}")
-    return Workers(ActorGroup(ranks, supervisor), EngineGroup(engines, supervisor), RewardGroup([rewards], supervisor))
+    host = ranks[0].place.address if config.cluster.ray_address and ranks[0].place else "127.0.0.1"
+    opened = ranks[0].actor.open_store.remote(host, len(ranks))
+    [port] = supervisor.wait([(ranks[0], opened)], config.cluster.startup_timeout_s)
+    return [(p, p.actor.start.remote(config, r, host, port)) for r, p in enumerate(ranks)]
 
 
 def _number_by_machine(ranks: list[Process]) -> None:
@@ -148,17 +178,12 @@ def _number_by_machine(ranks: list[Process]) -> None:
         process.actor, process.place = actor, place
 
 
-def _num_processes(config: Config) -> int:
-    return config.parallel.num_ranks + config.rollout.engine.num_engines + 1
-
-
-def _ranks_have_gpus(config: Config) -> bool:
+def _ranks_have_gpus(config: Config, numbers: Numbers) -> bool:
     """Whether ranks get a GPU each. Raises ValueError when the cluster can't hold the run."""
     resources = ray.cluster_resources()
     num_cpus, num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    num_ranks, backend = config.parallel.num_ranks, config.trainer.backend
-    if num_cpus < _num_processes(config):
-        needed = _num_processes(config)
+    num_ranks, backend = numbers.ranks, config.trainer.backend
+    if num_cpus < (needed := sum(numbers)):
         raise ValueError(f"the Ray cluster has {num_cpus} CPUs, but the run needs {needed}, one a process")
     if backend == "cpu" or (backend == "auto" and num_gpus == 0):
         return False

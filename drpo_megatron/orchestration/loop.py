@@ -3,49 +3,67 @@
          prompts                                    +---------------------------------------------+
             |                                       |               Loop.step                     |
             v          requests                     |                                             |
-      +----------+ ----------------> engines        |   groups  = collect(step)                   |
-      |          | <---------------- (n processes)  |   samples = to_samples(groups, advantages)  |
-      |          |    completions       ^           |   report  = train(samples)                  |
-      |  driver  |                      | buckets   |   publish()                                 |
-      |          | -----> rewards       |           |   evaluate, save, log                       |
-      |          | <----- (1 process)   |           +---------------------------------------------+
-      |          |                      |
+      +----------+ ----------------> engines        |   groups  = rollouts.take(step)             |
+      |          | <---------------- (n processes)  |   rollouts.draw_ahead(step)                 |
+      |          |    completions       ^           |   samples = to_samples(groups, advantages)  |
+      |  driver  |                      | buckets   |   report  = train(samples)                  |
+      |          | -----> rewards       |           |   publish()                                 |
+      |          | <----- (1 process)   |           |   evaluate, save, log                       |
+      |          |                      |           +---------------------------------------------+
       |          |    samples           |
       +----------+ ----------------> trainer ranks (Megatron; the optimiser steps of one rollout)
             |     <----------------
             v        StepReport
-      metrics, checkpoints
+      metrics, checkpoints, dumped rollouts
 
-The engines draw with the weights of version v; the ranks train on that rollout and hold v + 1; `publish` brings v + 1
-to the engines before the next rollout, so nothing is ever stale. All draws come from (seed, step, prompt), the engines
-keep no state of their own, and a resumed run therefore continues bit by bit.
+The engines draw with the weights of version v; the ranks train on that rollout and hold v + 1, which `publish` brings
+to the engines. With rollout.max_staleness=0 nothing is drawn ahead, so nothing is ever stale. With k the engines draw
+for the next k steps while the ranks train, and a sample is trained on at most k versions after it was drawn.
+
+All draws of the embedded engine come from (seed, step, prompt), it keeps no state of its own, and takes weights only
+between rollouts. So a resumed run continues bit by bit, whatever the staleness.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from drpo_megatron.config import Config
-from drpo_megatron.data.prompts import PromptStream
-from drpo_megatron.objectives.advantages import is_equal_group
-from drpo_megatron.orchestration.clock import Clock
+from drpo_megatron.orchestration.clock import OVERLAP, Clock
+from drpo_megatron.orchestration.early_warning import METRIC, EarlyWarning
 from drpo_megatron.orchestration.run_directory import Progress, RunDirectory
 from drpo_megatron.orchestration.warmup import warm_up
 from drpo_megatron.orchestration.workers import Workers
-from drpo_megatron.rollout.engine import SamplingParams
 from drpo_megatron.rollout.evaluation import evaluate
-from drpo_megatron.rollout.sampler import make_requests, to_samples
+from drpo_megatron.rollout.sampler import to_samples
 from drpo_megatron.types import Prompt, RolloutGroup, Sample, StepReport
 
-TRAINER_FILES = "trainer"
-"""The trainer's part of a checkpoint directory."""
+TRAINER_FILES, ROLLOUTS_FILE = "trainer", "rollouts.json"
+"""Of a checkpoint directory: the trainer's part, and what was drawn ahead with the place in the prompt stream."""
 
 
 class MetricsLog(Protocol):
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+
+class RolloutSource(Protocol):
+    """Where the groups of a step come from: engines (rollouts.py) or the files of an earlier run (replay.py)."""
+
+    num_tokens: int
+
+    def take(self, step: int, policy_version: int) -> tuple[list[RolloutGroup], dict[str, float]]: ...
+
+    def draw_ahead(self, step: int) -> None: ...
+
+    def settle(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Loop:
@@ -56,28 +74,25 @@ class Loop:
         config: Config,
         run: RunDirectory,
         workers: Workers,
-        prompts: PromptStream,
+        rollouts: RolloutSource,
         heldout: list[Prompt],
         demonstrations: list[Sample],
         metrics: MetricsLog,
         clock: Clock,
         say: Callable[[str], None],
     ) -> None:
-        self.config, self.run_directory, self.workers = config, run, workers
-        self.prompts, self.heldout, self.demonstrations = prompts, heldout, demonstrations
+        self.config, self.run_directory, self.workers, self.rollouts = config, run, workers, rollouts
+        self.heldout, self.demonstrations = heldout, demonstrations
         self.metrics, self.clock, self.say = metrics, clock, say
-        self.params = SamplingParams(
-            config.rollout.max_response_tokens, config.rollout.temperature, num_topk=config.objective.needed_topk
-        )
+        self.early_warning = EarlyWarning(config.precision.monitor.early_warning)
         self.policy_version = 0
-        self.num_tokens = {"generate": 0, "train": 0}
-        self.reward_failures = 0
-        """Rewards that timed out or raised so far, and counted as 0."""
+        self.num_trained_tokens = 0
         self.accuracy: dict[int, float] = {}
         """Held-out accuracy by step, where it was measured."""
         self.stop_reason: str | None = None
         """Why the run ends before its last step, if it was asked to."""
         self._saved_step: int | None = None
+        self._num_tokens_before = 0
 
     def run(self, checkpoint: tuple[Path, Progress] | None) -> None:
         """All steps that are left; fewer, with a checkpoint of the last one done, after `request_stop`."""
@@ -94,48 +109,23 @@ class Loop:
         self.stop_reason = reason
 
     def step(self, step: int) -> None:
-        groups, metrics = self.collect(step)
-        samples = to_samples(groups, self.config.advantages.name)
-        report = self.train(samples)
+        groups, metrics = self.rollouts.take(step, self.policy_version)
+        self.rollouts.draw_ahead(step)
+        if self.config.rollout.dump:
+            self.run_directory.dump(step, groups, self.config)
+        report = self.train(to_samples(groups, self.config.advantages.name))
+        warning = self.watch(report)
         self.publish()
         if self.is_due(self.config.eval.every, step):
             metrics |= self.evaluate(step)
-        metrics |= report.metrics | {"reward/failures/sum": self.reward_failures}
-        self.metrics.log(step, metrics | self.timings(metrics["rollout/num_tokens"], report.num_tokens))
-        if self.is_due(self.config.checkpoint.every, step) or self.stop_reason is not None:
+        self.metrics.log(step, metrics | report.metrics | self.timings(report.num_tokens))
+        must_stop = warning is not None and self.config.precision.monitor.early_warning.action == "stop"
+        if self.is_due(self.config.checkpoint.every, step) or self.stop_reason is not None or must_stop:
             self.save(step)
-
-    def collect(self, step: int) -> tuple[list[RolloutGroup], dict[str, float]]:
-        """A rollout of `prompts_per_step` groups, and the metrics of all that was drawn for it.
-
-        Groups without a gradient (equal rewards) are replaced in up to `resample_equal_groups` further rounds.
-        """
-        wanted, rounds = self.config.rollout.prompts_per_step, 1 + self.config.rollout.resample_equal_groups
-        drawn: list[RolloutGroup] = []
-        useful: list[RolloutGroup] = []
-        while rounds and len(useful) < wanted:
-            seen = {group.prompt.prompt_id for group in drawn}
-            drawn += self.roll_out(step, self.prompts.take(wanted - len(useful), exclude=seen))
-            useful = [group for group in drawn if not is_equal_group(group.rewards)]
-            rounds -= 1
-        chosen = sorted(drawn, key=lambda group: is_equal_group(group.rewards))[:wanted]
-        return chosen, rollout_metrics(drawn, self.policy_version)
-
-    def roll_out(self, step: int, prompts: list[Prompt]) -> list[RolloutGroup]:
-        size = self.config.rollout.samples_per_prompt
-        with self.clock.phase("generate"):
-            requests = make_requests(prompts, size, seed=self.config.run.seed, step=step)
-            completions = self.workers.engines.generate(requests, self.params)
-        with self.clock.phase("reward"):
-            pairs = [(prompts[i // size], completion) for i, completion in enumerate(completions)]
-            rewards, failures = self.workers.rewards.score(pairs)
-        self.reward_failures += sum(failures.values())
-        self.num_tokens["generate"] += sum(len(completion.token_ids) for completion in completions)
-        spans = [slice(start, start + size) for start in range(0, len(completions), size)]
-        return [
-            RolloutGroup(prompt, tuple(completions[span]), tuple(rewards[span]))
-            for prompt, span in zip(prompts, spans, strict=True)
-        ]
+        if must_stop:
+            raise ValueError(
+                f"stopped after step {step}, as precision.monitor.early_warning.action=stop says: {warning}"
+            )
 
     def train(self, samples: list[Sample]) -> StepReport:
         with self.clock.phase("train"):
@@ -147,17 +137,36 @@ class Loop:
                 samples = [replace(sample, reference_logprobs=ref[sample.sample_id]) for sample in samples]
             report = self.workers.ranks.call("train_step", samples)[0]
         self.policy_version = report.policy_version
-        self.num_tokens["train"] += report.num_tokens
+        self.num_trained_tokens += report.num_tokens
         return report
 
+    def watch(self, report: StepReport) -> str | None:
+        """The early warning, if this step gave rise to it. It may also end low precision in the rollouts."""
+        warning = self.early_warning.observe(report.metrics[METRIC])
+        report.metrics["mismatch/growth"] = self.early_warning.growth()
+        if warning is not None:
+            self.say(f"warning: {warning}")
+            if self.early_warning.has_fallen_back:
+                self.say("rollouts are unquantised from now on: precision.monitor.early_warning.action=bf16-rollout")
+        return warning
+
     def publish(self) -> None:
-        """The ranks' weights to the engines. Returns when every engine has verified and published them."""
+        """The ranks' weights to the engines. Returns when every engine has verified and published them.
+
+        What is being drawn is drawn to its end before: one rollout, one version.
+        """
+        if not len(self.workers.engines):
+            return
+        self.rollouts.settle()
         with self.clock.phase("sync"):
-            self.workers.ranks.call("publish_weights", self.workers.engines.actors)
+            quantized = self.config.precision.rolls_out_quantized and not self.early_warning.has_fallen_back
+            if self.early_warning.has_fallen_back:
+                self.workers.engines.call("round_activations", False)
+            self.workers.ranks.call("publish_weights", self.workers.engines.actors, quantized)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Share of correct answers on the held-out prompts."""
-        if not self.heldout:
+        if not self.heldout or not len(self.workers.engines):
             return {}
         with self.clock.phase("eval"):
             result = evaluate(self.workers.engines, self.workers.rewards, self.heldout, self.config)
@@ -176,14 +185,15 @@ class Loop:
                 if self.config.objective.kl_ref is not None:
                     source = Path(self.config.model.hf_path)
                     self.workers.ranks.call("write_hf", self.run_directory.reference, source)
-        if warmup is not None or self.config.model.megatron_path is not None:
+        precision = self.config.precision
+        if warmup is not None or self.config.model.megatron_path is not None or precision.rolls_out_quantized:
             self.publish()
         metrics |= self.evaluate(0)
         if metrics:
             self.metrics.log(0, metrics)
         if warmup is not None and self.config.checkpoint.every:
             self.save(0)
-        self.clock.lap()
+        self._start_clock()
         return 1
 
     def resume(self, checkpoint: Path, progress: Progress) -> int:
@@ -192,26 +202,30 @@ class Loop:
             if self.config.warmup is not None and self.config.objective.kl_ref is not None:
                 self.workers.ranks.call("load_reference", self.run_directory.reference)
             self.workers.ranks.call("load_checkpoint", checkpoint / TRAINER_FILES)
-        self.prompts.load_state_dict(progress.prompt_stream)
+        self.rollouts.load_state_dict(json.loads((checkpoint / ROLLOUTS_FILE).read_text(encoding="utf-8")))
         self.policy_version = progress.policy_version
-        self.num_tokens = dict(progress.num_tokens)
+        if progress.early_warning:
+            self.early_warning.load_state_dict(progress.early_warning)
+        self.num_trained_tokens = progress.num_trained_tokens
         self.accuracy = {int(step): accuracy for step, accuracy in progress.accuracy.items()}
         self.publish()
-        self.clock.lap()
+        self._start_clock()
         return progress.step + 1
 
     def save(self, step: int) -> None:
+        self.rollouts.settle()
         with self.clock.phase("checkpoint"):
             progress = Progress(
                 step=step,
                 policy_version=self.policy_version,
-                prompt_stream=self.prompts.state_dict(),
                 accuracy={str(step): accuracy for step, accuracy in self.accuracy.items()},
                 phase_s=self.clock.totals,
-                num_tokens=self.num_tokens,
+                num_trained_tokens=self.num_trained_tokens,
                 wall_s=self.clock.wall_s,
+                early_warning=self.early_warning.state_dict(),
             )
             with self.run_directory.writing_checkpoint(progress, self.config) as directory:
+                (directory / ROLLOUTS_FILE).write_text(json.dumps(self.rollouts.state_dict()), encoding="utf-8")
                 self.workers.ranks.call("save_checkpoint", directory / TRAINER_FILES)
         self._saved_step = step
 
@@ -220,23 +234,20 @@ class Loop:
     def is_due(self, every: int, step: int) -> bool:
         return step == self.config.run.num_steps or (every > 0 and step % every == 0)
 
-    def timings(self, num_generated: float, num_trained: int) -> dict[str, float]:
+    def timings(self, num_trained: int) -> dict[str, float]:
+        """Of the step that ends now. Engines are idle when they draw neither for training nor for an evaluation."""
         seconds = self.clock.lap()
-        return {f"time/{phase}_s": value for phase, value in seconds.items()} | {
-            "throughput/generate_tokens_per_s": num_generated / seconds["generate"],
-            "throughput/train_tokens_per_s": num_trained / seconds["train"],
-        }
+        generating, training = seconds.get("generate", 0.0), seconds["train"]
+        metrics = {f"time/{activity}_s": value for activity, value in seconds.items()}
+        metrics["time/engines_idle_s"] = seconds["step"] - generating - seconds.get("eval", 0.0)
+        metrics["throughput/train_tokens_per_s"] = num_trained / training
+        if generating:
+            num_generated = self.rollouts.num_tokens - self._num_tokens_before
+            metrics["throughput/generate_tokens_per_s"] = num_generated / generating
+            metrics["rollout/overlap_share"] = seconds.get(OVERLAP, 0.0) / min(generating, training)
+        self._num_tokens_before = self.rollouts.num_tokens
+        return metrics
 
-
-def rollout_metrics(groups: list[RolloutGroup], policy_version: int) -> dict[str, float]:
-    completions = [completion for group in groups for completion in group.completions]
-    rewards = [reward for group in groups for reward in group.rewards]
-    num_tokens = sum(len(completion.token_ids) for completion in completions)
-    return {
-        "reward/mean": sum(rewards) / len(rewards),
-        "rollout/num_tokens": num_tokens,
-        "rollout/response_length/mean": num_tokens / len(completions),
-        "rollout/equal_group_share": sum(is_equal_group(group.rewards) for group in groups) / len(groups),
-        "rollout/truncated_share": sum(c.finish_reason == "length" for c in completions) / len(completions),
-        "rollout/staleness/max": max(policy_version - c.policy_version for c in completions),
-    }
+    def _start_clock(self) -> None:
+        self.clock.lap()
+        self._num_tokens_before = self.rollouts.num_tokens

@@ -21,7 +21,9 @@ from drpo_megatron.data.tokenize import load_tokenizer
 from drpo_megatron.models import get_family
 from drpo_megatron.orchestration.clock import Clock
 from drpo_megatron.orchestration.cluster import cluster
-from drpo_megatron.orchestration.loop import Loop
+from drpo_megatron.orchestration.loop import Loop, RolloutSource
+from drpo_megatron.orchestration.replay import DumpedRollouts
+from drpo_megatron.orchestration.rollouts import Rollouts
 from drpo_megatron.orchestration.run_directory import RunDirectory, versions
 from drpo_megatron.orchestration.workers import Workers
 from drpo_megatron.plots import draw_training
@@ -55,12 +57,15 @@ def read_inputs(config: Config) -> Inputs:
     tokenizer = load_tokenizer(config.model.hf_path)
     heldout = read_prompts(config.data.heldout, tokenizer, config) if config.data.heldout else []
     prompts = read_prompts(config.data.train, tokenizer, config)
-    needed = config.rollout.prompts_per_step * (1 + config.rollout.resample_equal_groups)
-    if len(prompts) < needed:
+    rollout = config.rollout
+    needed = rollout.prompts_per_step * (1 + rollout.resample_equal_groups + rollout.max_staleness)
+    if rollout.from_dump is not None:
+        DumpedRollouts(Path(rollout.from_dump), config).check()
+    elif len(prompts) < needed:
         raise ValueError(
-            f"{config.data.train} has {len(prompts)} prompts, but a step may draw {needed} different ones: "
-            f"rollout.prompts_per_step={config.rollout.prompts_per_step} in up to "
-            f"{1 + config.rollout.resample_equal_groups} rounds; give more prompts or lower them"
+            f"{config.data.train} has {len(prompts)} prompts, but {needed} different ones may be drawn at a time: "
+            f"rollout.prompts_per_step={rollout.prompts_per_step} in up to {1 + rollout.resample_equal_groups} rounds, "
+            f"for rollout.max_staleness={rollout.max_staleness} steps ahead, too; give more prompts or lower them"
         )
     return Inputs(
         prompts=prompts,
@@ -83,10 +88,10 @@ def train(config: Config, inputs: Inputs, run: RunDirectory, say: Say) -> dict[s
     for note in inputs.precision_notes:
         say(f"note: {note}")
     with cluster(config, run.logs, clock, say) as workers:
-        prompts = PromptStream(inputs.prompts, shuffle=config.data.shuffle, seed=config.run.seed)
+        rollouts = rollout_source(config, inputs, workers, clock)
         metrics = MetricsLogger(run.path, config.metrics, total_steps, resume_step)
         try:
-            loop = Loop(config, run, workers, prompts, inputs.heldout, inputs.demonstrations, metrics, clock, say)
+            loop = Loop(config, run, workers, rollouts, inputs.heldout, inputs.demonstrations, metrics, clock, say)
             with _stopping_at_signals(loop):
                 loop.run(checkpoint)
         finally:
@@ -118,16 +123,24 @@ def _stopping_at_signals(loop: Loop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def rollout_source(config: Config, inputs: Inputs, workers: Workers, clock: Clock) -> RolloutSource:
+    if config.rollout.from_dump is not None:
+        return DumpedRollouts(Path(config.rollout.from_dump), config)
+    prompts = PromptStream(inputs.prompts, shuffle=config.data.shuffle, seed=config.run.seed)
+    return Rollouts(config, workers.engines, workers.rewards, prompts, clock)
+
+
 def summarise(config: Config, loop: Loop, workers: Workers) -> dict[str, Any]:
     """summary.json: what came out of the run and what it took."""
     phase_s = loop.clock.totals
+    num_tokens = {"generate": loop.rollouts.num_tokens, "train": loop.num_trained_tokens}
     driver_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "heldout_before": loop.accuracy.get(0),
         "heldout_after": loop.accuracy.get(config.run.num_steps),
         "wall_s": loop.clock.wall_s,
         "phase_s": phase_s,
-        "tokens_per_s": {phase: count / phase_s[phase] for phase, count in loop.num_tokens.items() if count},
+        "tokens_per_s": {phase: count / phase_s[phase] for phase, count in num_tokens.items() if count},
         "peak_rss_mb": workers.peak_rss_mb() | {"driver": driver_mb},
         "versions": versions(),
         "seed": config.run.seed,

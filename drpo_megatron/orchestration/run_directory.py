@@ -3,7 +3,8 @@
     RUN_DIR/config.yaml                      the resolved configuration
             metrics.jsonl, training.png, summary.json
             logs/<process>.log               output of every process
-            checkpoints/step_000040/         trainer files and driver.json
+            checkpoints/step_000040/         trainer files, rollouts.json and driver.json
+            rollouts/step_000040.jsonl       what each step trained on, with rollout.dump
             reference/                       the policy after the warm-up, when objective.kl_ref refers to it
             hf/                              the trained model as a Hugging Face checkpoint
 
@@ -21,11 +22,13 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from drpo_megatron.config import Config, load_config, load_resolved, save_config
+from drpo_megatron.rollout.dump import identity, rollout_file, write_rollout
+from drpo_megatron.types import RolloutGroup
 
 CHANGEABLE = ("run.num_steps", "metrics", "eval", "checkpoint", "cluster")
 """What may change at a resume: everything else would make it another run."""
@@ -41,14 +44,14 @@ class Progress:
     step: int
     """RL steps done. 0: the warm-up, if any, is done."""
     policy_version: int
-    prompt_stream: dict[str, Any]
     accuracy: dict[str, float]
     """Held-out accuracy by step (a string, as JSON has it), where it was measured."""
     phase_s: dict[str, float]
-    """Seconds spent in each phase so far, over all resumes."""
-    num_tokens: dict[str, int]
-    """Tokens generated and trained so far."""
+    """Seconds spent in each activity so far, over all resumes."""
+    num_trained_tokens: int
     wall_s: float
+    early_warning: dict[str, Any] = field(default_factory=dict)
+    """State of `EarlyWarning`."""
 
 
 class RunDirectory:
@@ -59,6 +62,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.reference = path / "reference"
         self.hf = path / "hf"
+        self.rollouts = path / "rollouts"
         self.summary_file = path / "summary.json"
 
     @classmethod
@@ -95,6 +99,11 @@ class RunDirectory:
 
     def save_config(self, config: Config) -> None:
         save_config(config, self.config_file)
+
+    def dump(self, step: int, groups: Sequence[RolloutGroup], config: Config) -> None:
+        """Keep what `step` trains on, for `train --from-dump`."""
+        self.rollouts.mkdir(exist_ok=True)
+        write_rollout(rollout_file(self.rollouts, step), step, groups, identity(config))
 
     def has_checkpoint(self) -> bool:
         return bool(self._complete())

@@ -19,7 +19,7 @@ def config_in(tmp_path: Path, **sections: Any) -> Config:
 
 
 def progress(step: int) -> Progress:
-    return Progress(step, step, {"epoch": 0}, {"0": 0.5}, {"train": 1.5}, {"generate": 10, "train": 20}, 3.0)
+    return Progress(step, step, {"0": 0.5}, {"train": 1.5}, 20, 3.0)
 
 
 def save(run: RunDirectory, config: Config, step: int) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,7 @@ from drpo_megatron.rollout.dump import read_rollout, write_rollout
 from drpo_megatron.rollout.sampler import make_requests, to_samples
 from drpo_megatron.types import Completion, Prompt, RolloutGroup
 
+DRAWN_AS = {"model num_layers": 2, "tokenizer": "abc", "rollout.temperature": 1.0}
 PROMPTS = [Prompt("a", (1, 2), "3", "1+2="), Prompt("b", (4,), "4", metadata={"level": 2})]
 
 
@@ -62,8 +65,8 @@ def test_the_engines_top_tokens_reach_the_samples_and_the_file(tmp_path: Path) -
     groups = [RolloutGroup(PROMPTS[1], (completion, completion), (0.0, 1.0))]
     sample = to_samples(groups, "group_mean")[0]
     assert (sample.topk_ids, sample.topk_behavior_logprobs) == (ids, logprobs)
-    write_rollout(tmp_path / "rollout.jsonl", 1, groups)
-    assert read_rollout(tmp_path / "rollout.jsonl")[1] == groups
+    write_rollout(tmp_path / "rollout.jsonl", 1, groups, DRAWN_AS)
+    assert read_rollout(tmp_path / "rollout.jsonl", DRAWN_AS)[1] == groups
 
 
 def test_an_empty_completion_counts_in_its_group_but_is_not_trained() -> None:
@@ -80,47 +83,111 @@ def test_two_groups_of_one_prompt_are_refused() -> None:
 
 def test_a_rollout_file_gives_back_the_same_bits(tmp_path: Path) -> None:
     groups = [group(PROMPTS[0], (1 / 3, 0.0)), group(PROMPTS[1], (1e-300, 2.0))]
-    write_rollout(tmp_path / "rollout.jsonl", 12, groups)
-    assert read_rollout(tmp_path / "rollout.jsonl") == (12, groups)
+    write_rollout(tmp_path / "rollout.jsonl", 12, groups, DRAWN_AS)
+    assert read_rollout(tmp_path / "rollout.jsonl", DRAWN_AS) == (12, groups)
     assert [p.name for p in tmp_path.iterdir()] == ["rollout.jsonl"]
 
 
+def written(tmp_path: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """A rollout file of two groups, and its lines."""
+    file = tmp_path / "rollout.jsonl"
+    write_rollout(file, 3, [group(PROMPTS[0], (1.0, 0.0)), group(PROMPTS[1], (1.0, 0.0))], DRAWN_AS)
+    return file, [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_another_file_is_no_rollout(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"id": "a"}')
+    with pytest.raises(ValueError, match="line 1 is not the head of a rollout file"):
+        read_rollout(tmp_path / "x.jsonl", DRAWN_AS)
+
+
+def test_a_rollout_file_that_was_cut_off_is_refused_wherever_the_cut_is(tmp_path: Path) -> None:
+    file, lines = written(tmp_path)
+    whole = file.read_text()
+    file.write_text(whole[:-40])
+    with pytest.raises(ValueError, match="line 3 is not JSON"):
+        read_rollout(file, DRAWN_AS)
+    file.write_text("\n".join(map(json.dumps, lines[:2])))
+    with pytest.raises(ValueError, match="has 1 groups, but its head promises 2: it was cut off"):
+        read_rollout(file, DRAWN_AS)
+
+
 @pytest.mark.parametrize(
-    ("lines", "message"),
+    ("change", "message"),
     [
-        (['{"id": "a"}'], "line 1 is not the head of a rollout file"),
-        (['{"step": 1}', '{"prompt": {}}'], "line 2 is not a rollout group: 'completions'"),
+        (lambda g: g.pop("rewards"), "line 2 is not a rollout group: 'rewards'"),
+        (lambda g: g["completions"][1].pop("logprobs"), "line 2 is not a rollout group: .*'logprobs'"),
+        (lambda g: g["completions"][1]["logprobs"].pop(), "completion 1 has 2 token_ids and 1 logprobs"),
+        (lambda g: g["rewards"].pop(), "it has 2 completions and 1 rewards"),
     ],
 )
-def test_another_file_is_no_rollout(tmp_path: Path, lines: list[str], message: str) -> None:
-    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+def test_a_group_that_lacks_something_is_refused_by_line_and_name(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    file, lines = written(tmp_path)
+    change(lines[1])
+    file.write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(ValueError, match=message):
-        read_rollout(tmp_path / "x.jsonl")
+        read_rollout(file, DRAWN_AS)
 
 
-def test_the_buffer_is_first_in_first_out_and_waits_until_there_are_enough() -> None:
-    buffer = RolloutBuffer(max_staleness=0)
-    first, second = group(PROMPTS[0], (1.0, 0.0)), group(PROMPTS[1], (1.0, 0.0))
-    buffer.put([first])
-    assert buffer.take(2, policy_version=0) == []
-    buffer.put([second])
-    assert buffer.take(1, policy_version=0) == [first]
-    assert (buffer.take(1, policy_version=0), len(buffer), buffer.num_dropped) == ([second], 0, 0)
+def test_rollouts_that_were_drawn_otherwise_are_refused_by_every_difference(tmp_path: Path) -> None:
+    file, _ = written(tmp_path)
+    with pytest.raises(
+        ValueError, match="model num_layers is 2 there and 4 here; tokenizer is 'abc' there and 'xyz' here"
+    ):
+        read_rollout(file, {"model num_layers": 4, "tokenizer": "xyz", "rollout.temperature": 1.0})
+
+
+def numbered(ticket: int, rewards: tuple[float, ...], versions: tuple[int, ...] | None = None) -> RolloutGroup:
+    return group(Prompt(f"p{ticket}", (1,), "1"), rewards, versions)
+
+
+def test_the_buffer_gives_groups_in_the_order_in_which_they_were_asked_for() -> None:
+    buffer = RolloutBuffer(max_staleness=1, replaces_equal_groups=False)
+    groups = [numbered(ticket, (1.0, 0.0)) for ticket in range(4)]
+    for ticket in (2, 0, 3, 1):
+        buffer.put(ticket, groups[ticket])
+    assert buffer.take(3) == (groups[:3], [])
+    assert buffer.take(1) == (groups[3:], [])
+
+
+def test_groups_of_equal_rewards_are_the_last_choice_where_they_can_be_replaced() -> None:
+    equal, useful = (1.0, 1.0), (1.0, 0.0)
+    rewards = [equal, useful, equal, useful, equal]
+    groups = [numbered(ticket, r) for ticket, r in enumerate(rewards)]
+    expected = {
+        # (may be replaced, count): what is chosen, what is passed over, what stays
+        (True, 2): ([1, 3], [0, 2], [4]),
+        (True, 3): ([1, 3, 0], [2], [4]),
+        (False, 3): ([1, 0, 2], [], [3, 4]),
+    }
+    for (replaces, count), (chosen, passed_over, left) in expected.items():
+        buffer = RolloutBuffer(max_staleness=0, replaces_equal_groups=replaces)
+        for ticket, each in enumerate(groups):
+            buffer.put(ticket, each)
+        assert buffer.take(count) == ([groups[i] for i in chosen], [groups[i] for i in passed_over])
+        assert list(buffer) == [groups[i] for i in left]
 
 
 def test_the_buffer_drops_what_its_oldest_completion_makes_too_stale() -> None:
-    buffer = RolloutBuffer(max_staleness=1)
+    buffer = RolloutBuffer(max_staleness=1, replaces_equal_groups=False)
     stale, fresh = group(PROMPTS[0], (1.0, 0.0), (3, 5)), group(PROMPTS[1], (1.0, 0.0), (4, 5))
-    buffer.put([stale, fresh])
-    assert buffer.take(1, policy_version=5) == [fresh]
-    assert buffer.num_dropped == 1
+    buffer.put(0, stale)
+    buffer.put(1, fresh)
+    buffer.drop_stale(policy_version=4)
+    assert (len(buffer), buffer.num_dropped) == (2, 0)
+    buffer.drop_stale(policy_version=5)
+    assert (list(buffer), buffer.num_dropped) == ([fresh], 1)
 
 
 def test_the_buffer_comes_back_from_json() -> None:
-    buffer = RolloutBuffer(max_staleness=0)
-    buffer.put([group(PROMPTS[0], (1 / 3, 0.0))])
+    buffer = RolloutBuffer(max_staleness=0, replaces_equal_groups=False)
+    groups = [group(PROMPTS[0], (1 / 3, 0.0)), group(PROMPTS[1], (0.0, 1.0))]
+    buffer.put(8, groups[1])
+    buffer.put(7, groups[0])
     buffer.num_dropped = 4
-    other = RolloutBuffer(max_staleness=0)
+    other = RolloutBuffer(max_staleness=0, replaces_equal_groups=False)
     other.load_state_dict(json.loads(json.dumps(buffer.state_dict())))
     assert other.num_dropped == 4
-    assert other.take(1, policy_version=0) == [group(PROMPTS[0], (1 / 3, 0.0))]
+    assert other.take(2) == (groups, [])

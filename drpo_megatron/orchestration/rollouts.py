@@ -1,0 +1,193 @@
+"""Rollouts for the trainer: what a step trains on, drawn in time, and some of it ahead of time.
+
+    take(step)        prompts_per_step groups; waits for them, and asks for what is missing
+    draw_ahead(step)  asks for the groups of the next max_staleness steps, and does not wait
+    settle()          waits until everything that was asked for is there
+
+    prompts --requests--> engines --completions as they are drawn--> groups --> rewards --> RolloutBuffer --take-->
+
+Only `take` and `settle` wait; in the meantime every wait of the driver (for the trainer ranks, mostly) moves groups on.
+A group goes to the rewards as soon as its last completion is there, while others are still drawn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from drpo_megatron.config import Config
+from drpo_megatron.data.prompts import PromptStream
+from drpo_megatron.objectives.advantages import is_equal_group
+from drpo_megatron.orchestration.clock import Clock
+from drpo_megatron.orchestration.workers import EngineGroup, RewardGroup
+from drpo_megatron.rollout.buffer import RolloutBuffer
+from drpo_megatron.rollout.engine import SamplingParams
+from drpo_megatron.rollout.sampler import make_requests
+from drpo_megatron.types import Completion, Prompt, RolloutGroup
+
+
+@dataclass(slots=True)
+class _Drawing:
+    """A group that has been asked for and is not in the buffer yet."""
+
+    prompt: Prompt
+    completions: list[Completion | None]
+    num_missing: int
+
+
+class Rollouts:
+    def __init__(
+        self, config: Config, engines: EngineGroup, rewards: RewardGroup, prompts: PromptStream, clock: Clock
+    ) -> None:
+        self.config, self.engines, self.rewards, self.prompts, self.clock = config, engines, rewards, prompts, clock
+        rollout = config.rollout
+        self.params = SamplingParams(
+            rollout.max_response_tokens,
+            rollout.temperature,
+            num_topk=config.objective.needed_topk,
+            routed_experts=config.trainer.routing_replay != "off",
+        )
+        self.buffer = RolloutBuffer(rollout.max_staleness, replaces_equal_groups=rollout.resample_equal_groups > 0)
+        self.num_tokens = 0
+        """Tokens drawn so far."""
+        self.num_reward_failures = 0
+        """Rewards that timed out or raised so far, and counted as 0."""
+        self._in_flight: dict[int, _Drawing] = {}
+        """By ticket."""
+        self._next_ticket = 0
+        self._num_streams = 0
+        self._num_scorings = 0
+
+    def take(self, step: int, policy_version: int) -> tuple[list[RolloutGroup], dict[str, float]]:
+        """`prompts_per_step` groups for the trainer at `policy_version`, and the metrics of all that was drawn for them.
+
+        Groups without a gradient (equal rewards) are replaced in up to `resample_equal_groups` further rounds.
+        """
+        count, buffer = self.config.rollout.prompts_per_step, self.buffer
+        num_rounds = self.config.rollout.resample_equal_groups + (not self._in_flight and not len(buffer))
+        with self.clock.phase("wait_for_rollouts"):
+            while True:
+                self._wait(lambda: buffer.num_wanted >= count)
+                buffer.drop_stale(policy_version)
+                num_missing = count - (buffer.num_wanted if num_rounds > 0 else len(buffer))
+                if num_missing <= 0:
+                    break
+                if num_missing > len(self._in_flight):
+                    self._draw(num_missing - len(self._in_flight), step)
+                    num_rounds -= 1
+        chosen, passed_over = buffer.take(count)
+        dropped = {"rollout/num_dropped/sum": buffer.num_dropped, "reward/failures/sum": self.num_reward_failures}
+        return chosen, rollout_metrics([*chosen, *passed_over], policy_version) | dropped
+
+    def draw_ahead(self, step: int) -> None:
+        """After the take of `step`: what the steps up to `max_staleness` later need, if the run has them."""
+        rollout = self.config.rollout
+        num_steps = min(rollout.max_staleness, self.config.run.num_steps - step)
+        self._draw(num_steps * rollout.prompts_per_step - len(self._in_flight) - len(self.buffer), step + 1)
+
+    def settle(self) -> None:
+        with self.clock.phase("wait_for_rollouts"):
+            self._wait(lambda: False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON, of rollouts that have settled."""
+        assert not self._in_flight
+        return {
+            "prompt_stream": self.prompts.state_dict(),
+            "buffer": self.buffer.state_dict(),
+            "next_ticket": self._next_ticket,
+            "num_tokens": self.num_tokens,
+            "num_reward_failures": self.num_reward_failures,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.prompts.load_state_dict(state["prompt_stream"])
+        self.buffer.load_state_dict(state["buffer"])
+        self._next_ticket = state["next_ticket"]
+        self.num_tokens = state["num_tokens"]
+        self.num_reward_failures = state["num_reward_failures"]
+
+    # --- from a prompt to a group in the buffer ---------------------------------------------------------------------
+
+    def _wait(self, is_enough: Any) -> None:
+        self.engines.supervisor.wait_until(lambda: is_enough() or not self._in_flight)
+
+    def _draw(self, count: int, step: int) -> None:
+        """Ask for `count` groups of prompts that are not underway already."""
+        if count <= 0:
+            return
+        size = self.config.rollout.samples_per_prompt
+        underway = [drawing.prompt for drawing in self._in_flight.values()] + [group.prompt for group in self.buffer]
+        prompts = self.prompts.take(count, exclude={prompt.prompt_id for prompt in underway})
+        first = self._next_ticket
+        self._next_ticket += count
+        for ticket, prompt in enumerate(prompts, start=first):
+            self._in_flight[ticket] = _Drawing(prompt, [None] * size, size)
+        requests = make_requests(prompts, size, seed=self.config.run.seed, step=step)
+
+        def receive(drawn: list[tuple[int, Completion]]) -> None:
+            self._receive([(first + index // size, index % size, completion) for index, completion in drawn])
+
+        self._num_streams += 1
+        self.clock.begin("generate")
+        self.engines.stream(requests, self.params, receive, self._end_stream)
+
+    def _receive(self, drawn: list[tuple[int, int, Completion]]) -> None:
+        """Completions by ticket and place in the group. Groups that are complete now go to the rewards together."""
+        complete = []
+        for ticket, place, completion in drawn:
+            drawing = self._in_flight[ticket]
+            assert drawing.completions[place] is None, f"{drawing.prompt.prompt_id}/{place} was drawn twice"
+            drawing.completions[place] = completion
+            drawing.num_missing -= 1
+            self.num_tokens += len(completion.token_ids)
+            if not drawing.num_missing:
+                complete.append(ticket)
+        if complete:
+            self._score(sorted(complete))
+
+    def _score(self, tickets: list[int]) -> None:
+        drawings = [self._in_flight[ticket] for ticket in tickets]
+        pairs = [(drawing.prompt, c) for drawing in drawings for c in drawing.completions if c is not None]
+
+        def receive(answer: tuple[list[float], dict[str, int]]) -> None:
+            scores, failures = answer
+            self._end_scoring(failures)
+            for i, ticket in enumerate(tickets):
+                size = self.config.rollout.samples_per_prompt
+                span = slice(i * size, (i + 1) * size)
+                completions = tuple(completion for _, completion in pairs[span])
+                self.buffer.put(ticket, RolloutGroup(drawings[i].prompt, completions, tuple(scores[span])))
+                del self._in_flight[ticket]
+
+        self._num_scorings += 1
+        self.clock.begin("reward")
+        self.rewards.submit(pairs, receive)
+
+    def _end_stream(self) -> None:
+        self._num_streams -= 1
+        if not self._num_streams:
+            self.clock.end("generate")
+
+    def _end_scoring(self, failures: dict[str, int]) -> None:
+        self.num_reward_failures += sum(failures.values())
+        self._num_scorings -= 1
+        if not self._num_scorings:
+            self.clock.end("reward")
+
+
+def rollout_metrics(groups: list[RolloutGroup], policy_version: int) -> dict[str, float]:
+    """Of all that was drawn for a step of the trainer at `policy_version`."""
+    completions = [completion for group in groups for completion in group.completions]
+    rewards = [reward for group in groups for reward in group.rewards]
+    staleness = [policy_version - completion.policy_version for completion in completions]
+    num_tokens = sum(len(completion.token_ids) for completion in completions)
+    return {
+        "reward/mean": sum(rewards) / len(rewards),
+        "rollout/num_tokens": num_tokens,
+        "rollout/response_length/mean": num_tokens / len(completions),
+        "rollout/equal_group_share": sum(is_equal_group(group.rewards) for group in groups) / len(groups),
+        "rollout/truncated_share": sum(c.finish_reason == "length" for c in completions) / len(completions),
+        "rollout/staleness/mean": sum(staleness) / len(staleness),
+        "rollout/staleness/max": max(staleness),
+    }
