@@ -1,4 +1,4 @@
-"""Block-FP8 checkpoints as SGLang and DeepSeek have them: which tensors are quantised, and what config.json says.
+"""Block-FP8 checkpoints as SGLang and DeepSeek have them: how tensors are stored, and what config.json says.
 
     X.weight            e4m3 [N, K]
     X.weight_scale_inv  FP32 [ceil(N/128), ceil(K/128)], what a block is multiplied by to get the weights back
@@ -14,24 +14,9 @@ from typing import Any
 import torch
 
 from drpo_megatron.checkpoint.safetensors_file import TensorInfo
-from drpo_megatron.models.rules import Rule
 
 BLOCK = 128
 SCALE_SUFFIX = ".weight_scale_inv"
-
-_QUANTISED = {"linear_qkv": 3, "linear_proj": 1, "linear_fc1": 2, "linear_fc2": 1, "in_proj": 2, "out_proj": 1}
-"""Megatron's modules whose products run in FP8: attention, experts and dense MLPs, and gated delta nets. The number is
-how many of the HF tensors are quantised, from the first: a delta net's gates b and a come last and are a few rows."""
-
-
-def quantised_names(rules: Iterable[Rule]) -> set[str]:
-    """HF tensors that a block-FP8 checkpoint holds in FP8. Embeddings, head, norms, routers and gates stay."""
-    names = set()
-    for rule in rules:
-        module, _, kind = rule.key.name.rpartition(".")
-        count = _QUANTISED.get(module.rpartition(".")[2], 0) if kind == "weight" else 0
-        names |= {hf.name for hf in rule.hf[:count] if len(hf.shape) == 2}
-    return names
 
 
 def scale_name(name: str) -> str:

@@ -22,6 +22,7 @@ from drpo_megatron.conversion.report import progress_bar
 from drpo_megatron.conversion.to_megatron import with_dtype
 from drpo_megatron.conversion.workers import run_tasks
 from drpo_megatron.models.rules import HFTensor, Rule
+from drpo_megatron.precision.layers import quantised_names
 from drpo_megatron.precision.quantize import quantize_block128
 
 
@@ -114,7 +115,7 @@ class _Export:
         if fp8:
             # SGLang wants a scale an expert, so experts that are stacked in one tensor come apart.
             written = model.unstacked()
-            quantised = block_fp8.quantised_names(written.rules)
+            quantised = quantised_names(written.rules)
             names = [hf.name for rule in written.rules for hf in rule.hf] + untrained
             config = config | {"quantization_config": block_fp8.quantization_config(names, quantised)}
         after = {name: {name: before[name]} for name in untrained}

@@ -7,15 +7,19 @@ the batch, and finished rows that leave the batch (and its KV cache) at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from drpo_megatron.checkpoint.hf import HFCheckpoint, tensor_checksum
+from drpo_megatron.config.precision import PrecisionSection
 from drpo_megatron.config.sections import TransformersEngineSection
+from drpo_megatron.models import get_family
+from drpo_megatron.precision.rollout import RolloutPrecision
 from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
+from drpo_megatron.rollout.low_precision import RoundedActivations
 from drpo_megatron.rollout.model_slots import checkpoint_slots
 from drpo_megatron.types import Completion
 
@@ -23,7 +27,13 @@ from drpo_megatron.types import Completion
 class TransformersEngine:
     """A RolloutEngine (see engine.py) over a local Hugging Face checkpoint, in FP32."""
 
-    def __init__(self, hf_path: str, config: TransformersEngineSection, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        hf_path: str,
+        config: TransformersEngineSection,
+        device: str = "cpu",
+        precision: PrecisionSection | None = None,
+    ) -> None:
         torch.set_num_threads(config.num_threads)
         self.config = config
         self.device = torch.device(device)
@@ -34,8 +44,16 @@ class TransformersEngine:
         self.model = model.to(self.device).eval()
         self.stop_ids = _stop_ids(self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
         self.context_length = self.model.config.max_position_embeddings
-        self.slots = checkpoint_slots(self.model, HFCheckpoint(hf_path).names())
+        names = HFCheckpoint(hf_path).names()
+        self.slots = checkpoint_slots(self.model, names)
+        self.rounding = self._round_activations(precision, names) if precision is not None else None
         self.policy_version = 0
+
+    def _round_activations(self, section: PrecisionSection, names: Collection[str]) -> RoundedActivations | None:
+        config = self.model.config
+        rules = get_family(config).rules(config, names)
+        precision = RolloutPrecision.of(section, rules, config.get_text_config().num_hidden_layers)
+        return RoundedActivations(self.model, self.slots, precision) if precision is not None else None
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
@@ -134,6 +152,11 @@ class TransformersEngine:
         ]
 
     # --- weights ------------------------------------------------------------------------------------------------------
+
+    def round_activations(self, is_on: bool) -> None:
+        """Of an engine with a rollout recipe: whether its linear layers compute in low precision from now on."""
+        if self.rounding is not None:
+            self.rounding.is_on = is_on
 
     @torch.no_grad()
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

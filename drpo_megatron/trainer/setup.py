@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from drpo_megatron.config.sections import Config, OptimizerSection, ParallelSection
 from drpo_megatron.models import Family
+from drpo_megatron.precision.recipes import find_hardware, megatron_flags, resolve
 from drpo_megatron.trainer import platform as platforms
 from drpo_megatron.trainer.platform import Platform
 
@@ -131,6 +132,9 @@ def transformer_config(config: Config, family: Family, hf_config: Any, platform:
             "moe_grouped_gemm": platform.transformer_engine,
             "moe_permute_fusion": platform.transformer_engine,
         }
+    if platform.transformer_engine:
+        precision = resolve(config.precision, find_hardware(config.trainer.backend))
+        kwargs |= megatron_flags(precision, config.precision, kwargs.get("num_moe_experts"))
     # Send buffers must outlive their sends on gloo, which Megatron's early release forgets: VPP gradients go wrong.
     pipeline = {"deallocate_pipeline_outputs": on_gpu, "variable_seq_lengths": False}
     if parallel.virtual_pipeline:

@@ -9,6 +9,7 @@ SPMD: every method is called on all ranks at once with the same arguments.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from drpo_megatron.metrics import Statistic, merge_all, reduce_over
 from drpo_megatron.models import get_family
 from drpo_megatron.objectives import build as build_objective
 from drpo_megatron.objectives.aggregation import token_weights
+from drpo_megatron.precision.recipes import find_hardware, resolve
+from drpo_megatron.precision.rollout import RolloutPrecision
 from drpo_megatron.trainer import setup
 from drpo_megatron.trainer.platform import activate, optimizer_scope
 from drpo_megatron.trainer.reference import ReferenceWeights
@@ -36,7 +39,10 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.precision = resolve(config.precision, find_hardware(config.trainer.backend))
         self.platform = activate(config.trainer.backend)
+        if self.precision is not None and self.precision.emulated:
+            self.platform = replace(self.platform, transformer_engine=False)  # Its layers are Megatron's own.
         self.layout = setup.build_layout(config.parallel, config.run.seed)
         self.hf_config = AutoConfig.from_pretrained(
             config.model.hf_path, local_files_only=True, trust_remote_code=False
@@ -45,9 +51,17 @@ class Trainer:
         tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path, local_files_only=True, trust_remote_code=False)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.chunks = setup.build_model(config, self.family, self.hf_config, self.layout, self.platform)
+        from drpo_megatron.trainer.low_precision import LowPrecision
+
+        self.low_precision = LowPrecision.of(self.chunks, config.precision, self.precision)
         self._load_initial_weights()
         self.objective = build_objective(config.objective)
         self.supervised_objective = build_objective({"name": "sft"})
+        self.rollout_precision = RolloutPrecision.of(
+            config.precision,
+            self.family.rules(self.hf_config, self.hf_names),
+            self.hf_config.get_text_config().num_hidden_layers,
+        )
         self.policy_version = 0
         self.num_rollouts = 0
         self.is_warming_up = config.warmup is not None
@@ -157,6 +171,7 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         collected = self._run(work, policy_loss, forward_only=False)
+        self.low_precision.audit_once()
         with optimizer_scope():
             updated, grad_norm, _ = self.optimizer.step()
         if not updated:
