@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils.logging import disable_progress_bar
 
 from drpo_megatron.config import Config, load_resolved
 from drpo_megatron.config.checks import check_evaluation
 from drpo_megatron.config.sections import TransformersEngineSection
-from drpo_megatron.data.prompts import read_prompts
+from drpo_megatron.data.prompts import content_hash, read_prompts
 from drpo_megatron.data.tokenize import load_tokenizer
 from drpo_megatron.rewards import RewardScorer
 from drpo_megatron.rollout.engine import SamplingParams
-from drpo_megatron.rollout.evaluation import EvalResult, evaluate_prompts
+from drpo_megatron.rollout.evaluation import EvalResult, ProblemScores, score_prompts, summarise
+from drpo_megatron.rollout.score_file import ScoreFile
 from drpo_megatron.rollout.transformers_engine import TransformersEngine
+from drpo_megatron.types import Prompt
+
+_SAMPLES_AT_ONCE = 256
+"""With `out`: problems are drawn in portions of about so many samples, each on the disk before the next begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +36,16 @@ class EvalOptions:
     max_response_tokens: int | None = None
     reward: str | None = None
     seed: int | None = None
+    out: Path | None = None
+    """File of the scores (score_file.py); what it holds already is not done again. None: none is kept."""
 
 
-def evaluate_model(directory: Path, options: EvalOptions) -> EvalResult:
+def evaluate_model(directory: Path, options: EvalOptions, say: Callable[[str], None]) -> EvalResult:
     """`directory` is a run (its `hf/` is scored) or a Hugging Face checkpoint.
 
     Without options a run's model scores exactly what the run measured at its end: the draws are the same.
     Raises ValueError for a directory that is neither, for what a bare checkpoint doesn't say and no option gives, and
-    for everything at once that `check_evaluation` finds.
+    for everything at once that `check_evaluation` finds, and for `options.out` that holds another evaluation.
     """
     disable_progress_bar()
     config = _with_options(_config_of(directory, options), options)
@@ -44,16 +53,51 @@ def evaluate_model(directory: Path, options: EvalOptions) -> EvalResult:
         raise ValueError(f"{directory} was trained without data.heldout; give --prompts FILE")
     check_evaluation(config)
     prompts = read_prompts(config.data.heldout, load_tokenizer(config.model.hf_path), config)
+    chosen = prompts if options.prompts else prompts[: config.eval.max_prompts]
+    if options.out is None:
+        return summarise(list(_scores(chosen, config, at_once=len(chosen))))
+    file = ScoreFile(options.out, _settings(chosen, config))
+    missing = [prompt for prompt in chosen if prompt.prompt_id not in file.done]
+    if file.done:
+        say(f"{file.path} has {len(file.done)} of {len(chosen)} problems; {len(missing)} are left")
+    at_once = max(1, _SAMPLES_AT_ONCE // config.eval.samples_per_prompt)
+    for number, problem in enumerate(_scores(missing, config, at_once), start=1):
+        file.append(problem)
+        if number % at_once == 0:
+            say(f"{len(file.done)} of {len(chosen)} problems")
+    return summarise([file.done[prompt.prompt_id] for prompt in chosen])
+
+
+def _scores(prompts: Sequence[Prompt], config: Config, at_once: int) -> Iterator[ProblemScores]:
+    """Of every prompt in turn; so many are drawn together."""
+    if not prompts:
+        return
+    section = config.rollout.engine
+    embedded = section if isinstance(section, TransformersEngineSection) else TransformersEngineSection()
+    params = SamplingParams(config.rollout.max_response_tokens, config.eval.temperature)
     scorer = RewardScorer(config.reward)
     try:
-        section = config.rollout.engine
-        embedded = section if isinstance(section, TransformersEngineSection) else TransformersEngineSection()
-        engine = TransformersEngine(config.model.hf_path, embedded)
-        params = SamplingParams(config.rollout.max_response_tokens, config.eval.temperature)
-        chosen = prompts if options.prompts else prompts[: config.eval.max_prompts]
-        return evaluate_prompts(engine, scorer, chosen, config.eval.samples_per_prompt, params, config.run.seed)
+        engine = TransformersEngine(config.model.hf_path, embedded, "cuda" if torch.cuda.is_available() else "cpu")
+        for start in range(0, len(prompts), at_once):
+            portion = prompts[start : start + at_once]
+            yield from score_prompts(engine, scorer, portion, config.eval.samples_per_prompt, params, config.run.seed)
     finally:
         scorer.close()
+
+
+def _settings(prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
+    """All that the scores depend on."""
+    weights = Path(config.model.hf_path).glob("*.safetensors")
+    return {
+        "model": config.model.hf_path,
+        "weights_written_at": max((int(file.stat().st_mtime) for file in weights), default=0),
+        "problems": content_hash(prompts),
+        "samples": config.eval.samples_per_prompt,
+        "temperature": config.eval.temperature,
+        "max_response_tokens": config.rollout.max_response_tokens,
+        "reward": config.reward.model_dump(mode="json"),
+        "seed": config.run.seed,
+    }
 
 
 def _config_of(directory: Path, options: EvalOptions) -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""`drpo-megatron eval`: accuracy, avg@n and pass@k of a trained model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from drpo_megatron.commands import BadInput
+
+_HELP = """\
+Sample answers to held-out problems and print the share that is correct, with 95 % intervals.
+A run's model is scored on its own held-out file as the run did it; options change that. With --out every problem's
+scores are written as they are made, and the same command goes on where it was killed.
+
+examples:
+  drpo-megatron eval runs/quickstart-20260101-120000
+  drpo-megatron eval runs/quickstart-20260101-120000 --samples 16 --temperature 0.6 --json
+  drpo-megatron eval checkpoints/my-model --prompts data/aime.jsonl --reward math --max-response-tokens 8192 \\
+      --samples 16 --out aime-my-model.jsonl
+"""
+
+
+def add(commands: Any, style: dict[str, Any]) -> None:
+    parser = commands.add_parser("eval", help="score a trained model", description=_HELP, **style)
+    parser.add_argument("model", metavar="RUN_OR_HF_DIR", type=Path, help="run directory or Hugging Face checkpoint")
+    parser.add_argument("--prompts", metavar="FILE", help="JSONL of problems; default: the run's held-out file")
+    parser.add_argument("--samples", type=_positive(int), metavar="N", help="answers a problem; default: the run's")
+    parser.add_argument("--temperature", type=_positive(float), metavar="T", help="default: the run's, or 1")
+    parser.add_argument("--max-response-tokens", type=_positive(int), metavar="N", help="default: the run's")
+    parser.add_argument("--reward", metavar="NAME", help="arithmetic, math, or package.module:function")
+    parser.add_argument("--seed", type=int, help="of the draws; default: the run's, or 0")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="JSONL of every problem's scores; resumes from it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    names = ("prompts", "samples", "temperature", "max_response_tokens", "reward", "seed", "out")
+    try:
+        from drpo_megatron.orchestration.evaluate import EvalOptions, evaluate_model
+
+        result = evaluate_model(args.model, EvalOptions(**{name: getattr(args, name) for name in names}), _say)
+    except (ValueError, OSError) as error:
+        raise BadInput(error) from error
+    if args.json:
+        print(json.dumps({"model": str(args.model)} | result.as_dict()))
+        return
+    samples = result.samples_per_prompt
+    name = "accuracy" if samples == 1 else f"accuracy (avg@{samples})"
+    drawn = f"{result.num_problems} problems x {samples} samples"
+    print(f"{name} {result.accuracy:.1%} (95 % interval {result.low:.1%} to {result.high:.1%}; {drawn})")
+    for k, share in result.pass_at_k.items() if samples > 1 else ():
+        low, high = result.pass_at_k_interval[k]
+        print(f"pass@{k} {share:.1%} ({low:.1%} to {high:.1%})")
+    print(f"{result.mean_response_tokens:.1f} tokens a response, {result.truncated_share:.1%} cut at the limit")
+
+
+def _positive(kind: type) -> Any:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if value <= 0:
+            raise argparse.ArgumentTypeError(f"{text} is not greater than 0")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names the type so: "invalid int value".
+    return parse
+
+
+def _say(text: str) -> None:
+    """Progress is not the answer: it must not get into a file of JSON."""
+    print(text, file=sys.stderr, flush=True)

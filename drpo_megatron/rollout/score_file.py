@@ -1,0 +1,69 @@
+"""Scores on disk as they are made, so that a long evaluation that was killed goes on where it stopped.
+
+A JSONL file: what was evaluated and how in its first line, then a line a problem. A last line that was cut off is
+dropped, and its problem done again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from drpo_megatron.rollout.evaluation import ProblemScores
+
+
+class ScoreFile:
+    """`done` holds what an earlier evaluation left, by prompt id; `append` adds to it and to the file."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        """`settings` is all that the scores depend on.
+
+        Raises ValueError if the file holds another evaluation, naming what differs, or is no score file.
+        """
+        self.path = path
+        self.done: dict[str, ProblemScores] = {}
+        lines = _whole_lines(path)
+        if lines:
+            self._check(lines[0], settings)
+            self._read(lines[1:])
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps({"settings": settings})]
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    def append(self, problem: ProblemScores) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(problem)) + "\n")
+        self.done[problem.prompt_id] = problem
+
+    def _check(self, head: str, settings: dict[str, Any]) -> None:
+        try:
+            found = json.loads(head)["settings"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f"{self.path} is no file of scores; give another --out") from None
+        for name, wanted in settings.items():
+            if found.get(name) != wanted:
+                raise ValueError(
+                    f"{self.path} holds scores with {name}={found.get(name)!r}, not {wanted!r}; give another --out, or "
+                    "remove it"
+                )
+
+    def _read(self, lines: list[str]) -> None:
+        for number, line in enumerate(lines, start=2):
+            try:
+                fields = json.loads(line)
+                problem = ProblemScores(
+                    fields["prompt_id"], tuple(fields["scores"]), tuple(fields["num_tokens"]), fields["num_truncated"]
+                )
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.path}, line {number} is no problem's scores: {error!r}") from None
+            self.done[problem.prompt_id] = problem
+
+
+def _whole_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    *whole, _ = path.read_text(encoding="utf-8").split("\n")
+    return whole
