@@ -5,6 +5,8 @@ Modules import no torch at their top, so that help and bad input are answered at
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 
 class BadInput(Exception):
     """What the user gave can't be used. Exit code 2."""
@@ -20,3 +22,8 @@ class Stopped(Exception):
 
 class MachineLost(RunFailed):
     """A machine left the cluster: the run can be continued on others. Exit code 76."""
+
+
+def raise_interrupt(signum: int, frame: Any) -> NoReturn:
+    """A signal handler that makes the signal end the command as Ctrl-C does."""
+    raise KeyboardInterrupt(signum)

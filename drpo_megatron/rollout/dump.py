@@ -16,6 +16,7 @@ from typing import Any
 
 from drpo_megatron.config import Config
 from drpo_megatron.config.hf_config import read_hf_config
+from drpo_megatron.config.sections import WarmupSection
 from drpo_megatron.data.jsonl import read_jsonl, write_jsonl
 from drpo_megatron.types import Completion, Prompt, RolloutGroup, RoutedExperts
 
@@ -37,12 +38,17 @@ def identity(config: Config) -> dict[str, Any]:
     model = {f"model {name}": value for name, value in asdict(read_hf_config(directory)).items()}
     return model | {
         "tokenizer": tokenizer.hexdigest()[:16],
-        "warmup": config.warmup.model_dump(mode="json") if config.warmup else None,
+        "warmup": _described(config.warmup) if config.warmup else "none",
         "rollout.prompts_per_step": rollout.prompts_per_step,
         "rollout.samples_per_prompt": rollout.samples_per_prompt,
         "rollout.max_response_tokens": rollout.max_response_tokens,
         "rollout.temperature": rollout.temperature,
     }
+
+
+def _described(warmup: WarmupSection) -> str:
+    digest = hashlib.sha256(warmup.model_dump_json().encode()).hexdigest()[:8]
+    return f"{warmup.num_steps} steps of {warmup.data} (settings {digest})"
 
 
 def write_rollout(
