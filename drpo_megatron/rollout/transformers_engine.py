@@ -7,7 +7,8 @@ the batch, and finished rows that leave the batch (and its KV cache) at once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from drpo_megatron.precision.rollout import RolloutPrecision
 from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
 from drpo_megatron.rollout.low_precision import RoundedActivations
 from drpo_megatron.rollout.model_slots import checkpoint_slots
+from drpo_megatron.rollout.routing_trace import RoutingTrace
 from drpo_megatron.types import Completion
 
 
@@ -57,19 +59,23 @@ class TransformersEngine:
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]:
         """Completions in the order of the requests. ValueError for a prompt that leaves no room in the context."""
+        done = {index: completion for batch in self.stream(requests, params) for index, completion in batch}
+        return [done[i] for i in range(len(requests))]
+
+    def stream(
+        self, requests: Sequence[GenerationRequest], params: SamplingParams
+    ) -> Iterator[list[tuple[int, Completion]]]:
+        """The same, batch by batch, as (index of the request, completion) pairs."""
         for request in requests:
             if len(request.prompt_ids) + params.max_response_tokens > self.context_length:
                 raise ValueError(
                     f"{request.request_id}: {len(request.prompt_ids)} prompt tokens + {params.max_response_tokens} response "
                     f"tokens exceed the model's context of {self.context_length}"
                 )
-        done: dict[int, Completion] = {}
         for batch in self._batches(requests, params):
-            done |= zip(batch, self._decode([requests[i] for i in batch], params), strict=True)
-        return [done[i] for i in range(len(requests))]
+            yield list(zip(batch, self._decode([requests[i] for i in batch], params), strict=True))
 
     def _batches(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[list[int]]:
         """Requests sorted by length, so that little is padding, cut where a batch would exceed max_batch_tokens."""
@@ -82,6 +88,7 @@ class TransformersEngine:
             batches[-1].append(index)
         return batches
 
+    @torch.inference_mode()
     def _decode(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]:
         """One batch. Prompts are padded on the left; rows that stop leave the batch and its cache."""
         width = max(len(request.prompt_ids) for request in requests)
@@ -105,14 +112,19 @@ class TransformersEngine:
         topk_logprobs: list[list[tuple[float, ...]]] = [[] for _ in requests]
         stopped = [False] * len(requests)
         cache = DynamicCache(config=self.model.config)
+        num_columns = width + params.max_response_tokens - 1
+        trace = RoutingTrace(self.model, len(requests), num_columns) if params.routed_experts else None
         for step in range(params.max_response_tokens):
-            logits = self.model(
-                input_ids=tokens,
-                attention_mask=attention,
-                position_ids=positions,
-                past_key_values=cache,
-                logits_to_keep=1,
-            ).logits[:, -1]
+            with trace or nullcontext():
+                logits = self.model(
+                    input_ids=tokens,
+                    attention_mask=attention,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    logits_to_keep=1,
+                ).logits[:, -1]
+            if trace:
+                trace.store(rows.tolist(), width + step - 1 if step else 0)
             distribution = log_distribution(logits, params)
             chosen, chosen_logprobs = draw(distribution, uniforms[:, step], params)
             if params.num_topk:
@@ -147,8 +159,11 @@ class TransformersEngine:
                 policy_version=self.policy_version,
                 topk_ids=tuple(topk_ids[row]) if params.num_topk else None,
                 topk_logprobs=tuple(topk_logprobs[row]) if params.num_topk else None,
+                routed_experts=trace.of(row, width - len(request.prompt_ids), width + len(drawn[row]) - 1)
+                if trace
+                else None,
             )
-            for row in range(len(requests))
+            for row, request in enumerate(requests)
         ]
 
     # --- weights ------------------------------------------------------------------------------------------------------

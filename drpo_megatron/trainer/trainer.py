@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoTokenizer
 
 from drpo_megatron.checkpoint.hf import HFCheckpoint
+from drpo_megatron.config.hf_config import read_expert_routing
 from drpo_megatron.config.sections import Config, OptimizerSection
 from drpo_megatron.data.packing import split_optimizer_steps, unpack_token_values
+from drpo_megatron.data.traces import check_traces
 from drpo_megatron.metrics import Statistic, merge_all, reduce_over
 from drpo_megatron.models import get_family
 from drpo_megatron.objectives import build as build_objective
@@ -32,6 +34,9 @@ from drpo_megatron.trainer.reference import ReferenceWeights
 from drpo_megatron.trainer.vocab_parallel import vocab_parallel_logprobs, vocab_parallel_policy_loss
 from drpo_megatron.trainer.work import Work, gather_context_parallel, share_out
 from drpo_megatron.types import PackedBatch, Sample, StepReport
+
+if TYPE_CHECKING:
+    from drpo_megatron.trainer.routing_replay import RoutingReplay
 
 
 class Trainer:
@@ -55,6 +60,7 @@ class Trainer:
 
         self.low_precision = LowPrecision.of(self.chunks, config.precision, self.precision)
         self._load_initial_weights()
+        self.routing = self._build_routing()
         self.objective = build_objective(config.objective)
         self.supervised_objective = build_objective({"name": "sft"})
         self.rollout_precision = RolloutPrecision.of(
@@ -89,6 +95,7 @@ class Trainer:
         `mismatch/...` is measured in the first optimiser step, before any update: what lies between engine and trainer.
         `shift/...` is the same over all steps, the policy's own movement included.
         """
+        self._check_traces(samples)
         shares = split_optimizer_steps(
             samples, self.config.trainer.optimizer_steps_per_rollout, seed=self.config.run.seed + self.num_rollouts
         )
@@ -98,7 +105,14 @@ class Trainer:
         return self._report(steps)
 
     def compute_logprobs(self, samples: Sequence[Sample]) -> dict[str, tuple[float, ...]]:
-        """log pi of every response token under the present weights, by sample id, complete on every rank."""
+        """log pi of every response token under the present weights, by sample id, complete on every rank.
+
+        With routing replay tokens go to the engine's experts here, too.
+        """
+        self._check_traces(samples)
+        return self._logprobs(samples)
+
+    def _logprobs(self, samples: Sequence[Sample]) -> dict[str, tuple[float, ...]]:
         work = self._work(samples, [1.0] * len(samples))
 
         def collect(batch: PackedBatch, hidden: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -112,7 +126,7 @@ class Trainer:
             return hidden.new_zeros(()), out.logprobs.cpu()
 
         with torch.no_grad():
-            collected = self._run(work, collect, forward_only=True)
+            collected, _ = self._run(work, collect, forward_only=True)
         mine: dict[str, list[float]] = {}
         for whole, local in zip(work.whole_batches, collected, strict=self.layout.is_last_stage):
             mine |= unpack_token_values(whole, gather_context_parallel(whole, local, self.layout.groups.cp))
@@ -122,11 +136,14 @@ class Trainer:
         return {sample.sample_id: merged[sample.sample_id] for sample in samples}
 
     def compute_reference_logprobs(self, samples: Sequence[Sample]) -> dict[str, tuple[float, ...]]:
-        """`compute_logprobs` under the reference weights. ValueError when there are none (no kl_ref, or warming up)."""
+        """`compute_logprobs` under the reference weights. ValueError when there are none (no kl_ref, or warming up).
+
+        The reference is a policy of its own: its routers choose for themselves, replay or not.
+        """
         if self.reference is None:
             raise ValueError("there is no reference policy: it needs objective.kl_ref, and the warm-up to be over")
         with self.reference.in_place():
-            return self.compute_logprobs(samples)
+            return self._logprobs([replace(sample, routed_experts=None) for sample in samples])
 
     def _optimizer_step(self, samples: Sequence[Sample], objective: Any, aggregation: str) -> dict[str, Statistic]:
         trainer = self.config.trainer
@@ -170,7 +187,7 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        collected = self._run(work, policy_loss, forward_only=False)
+        collected, routing_statistics = self._run(work, policy_loss, forward_only=False)
         self.low_precision.audit_once()
         with optimizer_scope():
             updated, grad_norm, _ = self.optimizer.step()
@@ -178,7 +195,7 @@ class Trainer:
             raise ValueError(f"the optimizer skipped a step: gradient norm {grad_norm} is not finite")
         lr = self.optimizer.param_groups[0]["lr"]
         self.schedule.step(increment=1)
-        statistics = self._reduce(collected)
+        statistics = self._reduce(collected) | routing_statistics
         statistics["objective/loss"] = Statistic.ratio(statistics["objective/loss"].value(), 1.0)
         statistics["optim/grad_norm"] = Statistic.ratio(float(grad_norm), 1.0)
         statistics["optim/lr"] = Statistic.ratio(float(lr), 1.0)
@@ -277,17 +294,38 @@ class Trainer:
         max_tokens = self.config.trainer.max_tokens_per_micro_batch
         return share_out(samples, weights, self.layout, max_tokens=max_tokens, pad_id=self.pad_id)
 
-    def _run(self, work: Work, loss_function: Any, *, forward_only: bool) -> list[Any]:
+    def _build_routing(self) -> RoutingReplay | None:
+        from drpo_megatron.trainer.routing_replay import RoutingReplay
+
+        self.expert_routing = read_expert_routing(self.config.model.hf_path)
+        if self.expert_routing is None:
+            return None
+        return RoutingReplay(
+            self.chunks,
+            self.layout,
+            self.expert_routing,
+            replays=self.config.trainer.routing_replay == "rollout",
+            recomputes=self.config.model.recompute == "full",
+        )
+
+    def _check_traces(self, samples: Sequence[Sample]) -> None:
+        if self.expert_routing is not None:
+            check_traces(samples, self.expert_routing, required=self.config.trainer.routing_replay != "off")
+
+    def _run(self, work: Work, loss_function: Any, *, forward_only: bool) -> tuple[list[Any], dict[str, Statistic]]:
+        """What the loss function collected of every micro-batch, and how the routers' choices compare with the engine's."""
         from drpo_megatron.trainer.forward import run_micro_batches
 
-        return run_micro_batches(
+        collected = run_micro_batches(
             self.chunks,
             work.batches,
             loss_function,
+            routing=self.routing,
             length=work.length,
             forward_only=forward_only,
             device=self.platform.device,
         )
+        return collected, self.routing.finish() if self.routing else {}
 
     def _scale_aux_loss(self, num_tokens: int) -> None:
         """Megatron multiplies the load-balancing loss of a micro-batch by this rank's tokens of it, and divides by all
