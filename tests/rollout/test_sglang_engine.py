@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from drpo_megatron.checkpoint.hf import HFCheckpoint, tensor_checksum
 from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
 from drpo_megatron.rollout.model_slots import checkpoint_slots
-from drpo_megatron.rollout.sglang_client import ServerError, SGLangClient
+from drpo_megatron.rollout.sglang_client import Generated, ServerError, SGLangClient
 from drpo_megatron.rollout.sglang_engine import SGLangEngine
 from drpo_megatron.rollout.sglang_router import NoServerLeft
 from drpo_megatron.rollout.sglang_server import Endpoint
@@ -64,6 +64,13 @@ def logprobs(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[i
     tokens = torch.tensor([[*prompt, *response]])
     logits = model(tokens).logits[0, len(prompt) - 1 : -1].float() / temperature
     return logits.log_softmax(1).gather(1, torch.tensor(response)[:, None]).squeeze(1).tolist()
+
+
+def running(engine: SGLangEngine, client: SGLangClient, wanted: list[GenerationRequest]) -> list[Future[Generated]]:
+    """Requests of up to 200 tokens, the first of which has just ended: most of the others still run."""
+    calls = [engine._loop.submit(client.generate(request, SamplingParams(200), 600.0)) for request in wanted]
+    wait(calls, timeout=600.0, return_when=FIRST_COMPLETED)
+    return calls
 
 
 @pytest.fixture
@@ -125,9 +132,7 @@ def test_abort_returns_what_was_drawn_so_far_with_its_logprobs(engine: SGLangEng
     tensors = weights(sglang, 3)
     publish(engine, tensors)
     [client] = engine.clients
-    params = SamplingParams(200)
-    pending = [engine._loop.submit(client.generate(request, params, 60.0)) for request in requests(16)]
-    time.sleep(0.3)
+    pending = running(engine, client, requests(16))
     engine._loop.run(client.abort_all())
     answers = [call.result() for call in pending]
     aborted = [(r, a) for r, a in zip(requests(16), answers, strict=True) if a.finish_reason == "abort"]
@@ -145,13 +150,11 @@ def test_a_request_that_sees_new_weights_says_which_tokens_are_whose(engine: SGL
     old, new = weights(sglang, 4), weights(sglang, 5)
     before = publish(engine, old)
     [client] = engine.clients
-    running = requests(32)
-    pending = [engine._loop.submit(client.generate(request, SamplingParams(200), 60.0)) for request in running]
-    time.sleep(0.3)
+    pending = running(engine, client, requests(32))
     after = publish(engine, new)
     models = {before: reference(sglang, old), after: reference(sglang, new)}
     crossed = 0
-    for request, call in zip(running, pending, strict=True):
+    for request, call in zip(requests(32), pending, strict=True):
         answer = call.result()
         spans = engine.router.policy_versions(answer)
         crossed += len(spans) == 2
@@ -184,7 +187,7 @@ def test_a_wrong_key_opens_nothing(engine: SGLangEngine) -> None:
     async def generate() -> None:
         client = SGLangClient(endpoint, ())
         try:
-            await client.generate(requests(1)[0], SamplingParams(1), 10.0)
+            await client.generate(requests(1)[0], SamplingParams(1), 300.0)
         finally:
             await client.close()
 
