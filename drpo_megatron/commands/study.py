@@ -95,7 +95,7 @@ def _run_all(study: Study, states: dict[Run, State], num_workers: int) -> None:
 
 
 def _print_plan(study: Study, states: dict[Run, State]) -> None:
-    words = {"done": "done", "resume": "to be continued", "new": "to be run"}
+    words: dict[State, str] = {"done": "done", "resume": "to be continued", "new": "to be run"}
     changes = {cell.name: cell.overrides for cell in study.cells}
     for run, state in states.items():
         texts = [f"{key}={json.dumps(value)}" for key, value in changes.get(run.cell, {}).items()]

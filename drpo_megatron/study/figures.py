@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -66,7 +67,7 @@ def _panels(
     figure, grid = plt.subplots(height, width, figsize=size, sharey=True, squeeze=False, constrained_layout=True)
     for axis in grid.flat[len(columns) :]:
         axis.set_visible(False)
-    handles = {}
+    handles: dict[str, Artist] = {}
     for axis, column in zip(grid.flat, columns, strict=False):
         for row in results.row_names:
             cell = results.at(row, column)
@@ -81,7 +82,7 @@ def _panels(
         if share:
             axis.set_ylim(0, 1.02)
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=6, fontsize=8)
     return figure
 
 
@@ -172,11 +173,12 @@ def _mismatch_against_movement(results: Results) -> Figure | None:
     figure, axis = plt.subplots(figsize=(7.5, 4.2), constrained_layout=True)
     markers = "osD^v<>Pp*hX"
     for cell in results.cells:
-        row, column = row_of(cell), results.column_names.index(column_of(cell))
+        marker = markers[results.column_names.index(column_of(cell)) % len(markers)]
         for run in results.ended(cell):
-            point = MISMATCH.of(run.rows), SHIFT.of(run.rows)
-            style = {"marker": markers[column % len(markers)], "color": _color(results, row)}
-            axis.plot(*point, linestyle="", fillstyle="none" if collapsed(run) else "full", **style)
+            mismatch, shift = MISMATCH.of(run.rows), SHIFT.of(run.rows)
+            if mismatch is not None and shift is not None:
+                fill = "none" if collapsed(run) else "full"
+                axis.plot(mismatch, shift, marker, fillstyle=fill, color=_color(results, row_of(cell)))
     for row in results.row_names:
         axis.plot([], [], "o", color=_color(results, row), label=row)
     for index, column in enumerate(results.column_names if len(results.column_names) > 1 else []):

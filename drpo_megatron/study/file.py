@@ -171,11 +171,10 @@ def _override_problems(file: StudyFile) -> Iterator[str]:
         for axis, levels in file.axes.items()
     }
     reserved = (*OWN_KEYS, *START_KEYS) if file.prepare is not None else OWN_KEYS
-    places = {"overrides": (file.overrides, OWN_KEYS), "prepare": (file.prepare or {}, OWN_KEYS)}
-    places |= {where: (dict.fromkeys(keys), reserved) for where, keys in axes.items()}
-    for where, (overrides, refused) in places.items():
-        for key in overrides:
-            if key in refused:
+    places = {"overrides": list(file.overrides), "prepare": list(file.prepare or {})} | axes
+    for where, keys in places.items():
+        for key in keys:
+            if key in (reserved if where in axes else OWN_KEYS):
                 yield f"{where}: {key} is set by the study itself; leave it out"
     for (first, keys), (second, later) in itertools.combinations(axes.items(), 2):
         for one, other in itertools.product(keys, later):

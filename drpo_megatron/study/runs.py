@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drpo_megatron.config import Config, load_config
+from drpo_megatron.config.base import Section
 from drpo_megatron.config.checks import check_config
 from drpo_megatron.config.problems import listed
 from drpo_megatron.precision.checks import check_precision
@@ -95,8 +96,10 @@ class _RunMaker:
         self.file, self.runs_dir, self.base = file, runs_dir, Path(file.base)
         self.problems: dict[str, list[str]] = {}
         self.warnings: dict[str, None] = {}
-        self.configurations: dict[str, str] = {}
-        """Configuration without the run section -> the first cell that has it."""
+        self.configs: dict[str, Config | None] = {}
+        """By cell; None: it can't run."""
+        self.twins: dict[str, str] = {}
+        """A configuration without what the study sets itself -> the first cell that has it."""
 
     def prepare(self, seed: int) -> Run | None:
         overrides = self.file.overrides | (self.file.prepare or {}) | {"checkpoint.save_hf": True}
@@ -105,10 +108,10 @@ class _RunMaker:
     def run(self, cell: Cell, seed: int, start: Run | None) -> Run | None:
         run = self._make(cell.name, cell.levels, seed, self.file.overrides | cell.overrides, start)
         if run is not None:
-            same = json.dumps(
-                run.config.model_dump(mode="json", exclude={"run": {"name", "seed", "run_dir"}}), sort_keys=True
-            )
-            twin = self.configurations.setdefault(same, cell.name)
+            fields = run.config.model_dump(mode="json", exclude={"run": {"name", "seed", "run_dir"}})
+            if start is not None:
+                del fields["model"]["hf_path"]
+            twin = self.twins.setdefault(json.dumps(fields, sort_keys=True), cell.name)
             if twin != cell.name:
                 self._add(f"the configuration is that of {twin}", cell.name)
         return run
@@ -116,25 +119,32 @@ class _RunMaker:
     def _make(
         self, cell: str, levels: dict[str, str], seed: int, overrides: Overrides, start: Run | None
     ) -> Run | None:
-        path = self.runs_dir / cell / f"seed-{seed}"
         console = {"metrics.console": "plain"}  # Its output goes to a file.
-        overrides = console | overrides | {"run.name": cell, "run.seed": seed, "run.run_dir": str(path)}
-        if start is not None:
-            overrides["warmup"] = None
-        try:
-            # The start has not been made yet, but its shape and tokenizer are those of the base's model.
-            config = load_config(self.base, _texts(overrides))
-            self.warnings |= dict.fromkeys([*check_config(config), *_precision_notes(config)])
-            if start is not None:
-                overrides["model.hf_path"] = str(start.path / "hf")
-                model = config.model.model_copy(update={"hf_path": overrides["model.hf_path"]})
-                config = config.model_copy(update={"model": model})
-        except ValueError as error:
-            title, *lines = str(error).splitlines()
-            for text in [line.strip().removeprefix("- ") for line in lines] or [title]:
-                self._add(text, cell)
+        overrides = console | overrides | {"run.name": cell} | ({"warmup": None} if start is not None else {})
+        if (config := self._config(cell, overrides)) is None:
             return None
-        return Run(cell, seed, levels, path, self.base, tuple(_texts(overrides)), config, start)
+        path = self.runs_dir / cell / f"seed-{seed}"
+        own: Overrides = {"run.seed": seed, "run.run_dir": str(path)}
+        updates: dict[str, Section] = {"run": config.run.model_copy(update={"seed": seed, "run_dir": str(path)})}
+        if start is not None:
+            own["model.hf_path"] = str(start.path / "hf")
+            updates["model"] = config.model.model_copy(update={"hf_path": own["model.hf_path"]})
+        texts = tuple(_texts(overrides | own))
+        return Run(cell, seed, levels, path, self.base, texts, config.model_copy(update=updates), start)
+
+    def _config(self, cell: str, overrides: Overrides) -> Config | None:
+        """The same for all seeds. The start has not been made yet, but shape and tokenizer are the base model's."""
+        if cell not in self.configs:
+            self.configs[cell] = None
+            try:
+                config = load_config(self.base, _texts(overrides))
+                self.warnings |= dict.fromkeys([*check_config(config), *_precision_notes(config)])
+                self.configs[cell] = config
+            except ValueError as error:
+                title, *lines = str(error).splitlines()
+                for text in [line.strip().removeprefix("- ") for line in lines] or [title]:
+                    self._add(text, cell)
+        return self.configs[cell]
 
     def _add(self, problem: str, cell: str) -> None:
         names = self.problems.setdefault(problem, [])

@@ -1,0 +1,99 @@
+"""`drpo-megatron study` from end to end: real runs, one that diverges, a kill in between, and the report."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from drpo_megatron.study.cells import read_record
+from tests.orchestration import command
+from tests.study.small import STUDY, write_base
+
+FILE: dict[str, Any] = STUDY | {
+    "overrides": {"run.num_steps": 4, "checkpoint.every": 1, "checkpoint.save_hf": False, "eval.every": 2},
+    "axes": {
+        "objective": {
+            "grpo": {"objective": "grpo"},
+            "drpo": {"objective": {"name": "drpo", "delta": 0.15}},
+            "broken": {"objective": "pg", "trainer.optimizer.lr": 1e38, "trainer.optimizer.clip_grad": 0},
+        }
+    },
+}
+
+
+def wait_for(process: Any, directory: Path, run: Path, step: int) -> None:
+    deadline = time.monotonic() + 600
+    while not any(row["step"] >= step for row in command.metrics(run)):
+        assert process.poll() is None, (directory / "output.txt").read_text()
+        assert time.monotonic() < deadline, f"{run} has no step {step}"
+        time.sleep(0.2)
+
+
+def timeless(run: Path) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in row.items() if not name.startswith(("time/", "throughput/"))}
+        for row in command.metrics(run)
+    ]
+
+
+@pytest.mark.slow
+def test_a_study_is_killed_goes_on_repeats_nothing_and_reports(tmp_path: Path) -> None:
+    write_base(tmp_path)
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(FILE, sort_keys=False))
+    runs = tmp_path / "runs" / "small"
+    grpo, drpo, broken, start = (runs / name / "seed-0" for name in ("grpo", "drpo", "broken", "_prepare"))
+
+    process = command.start(tmp_path, "study", "study.yaml", "--workers", "2")
+    wait_for(process, tmp_path, grpo, 2)
+    children = command.descendants(process)
+    process.send_signal(signal.SIGINT)
+    code, output = command.finish(process, tmp_path, timeout_s=300)
+    assert code == 130 and "interrupted; the same command goes on from here" in output
+    assert command.still_running(children, within_s=60) == []
+    record = read_record(grpo)
+    assert record is not None and record.state == "interrupted"
+    start_made = (start / "summary.json").stat().st_mtime_ns
+
+    code, output = command.run(tmp_path, "study", "study.yaml", "--dry-run")
+    assert code == 0 and f"{Path('runs/small/_prepare/seed-0')}  done" in output
+    assert f"{Path('runs/small/grpo/seed-0')}  to be continued" in output
+
+    code, output = command.finish(command.start(tmp_path, "study", "study.yaml", "--workers", "2"), tmp_path, 900)
+    assert code == 0, output
+    assert "continuing grpo of seed 0" in output and "starting the start" not in output
+    assert "broken of seed 0: diverged after" in output and "gradient norm" in output
+    assert (start / "summary.json").stat().st_mtime_ns == start_made
+    records = {path: read_record(path) for path in (grpo, drpo, broken)}
+    assert [record and record.state for record in records.values()] == ["done", "done", "diverged"]
+    assert [record and record.attempts for record in records.values()][0] == 2
+    # Both began with the policy that the shared start made, which was measured there.
+    before = json.loads((start / "summary.json").read_text())["heldout_before"]
+    assert [json.loads((run / "summary.json").read_text())["heldout_before"] for run in (grpo, drpo)] == [before] * 2
+
+    made = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
+    code, output = command.run(tmp_path, "study", "study.yaml")
+    assert code == 0 and "4 runs, 4 of them done before" in output
+    assert {path: path.stat().st_mtime_ns for path in made if path.name != "study.json"} == {
+        path: time_ns for path, time_ns in made.items() if path.name != "study.json"
+    }
+
+    # The interrupted run is, step by step, the one that nobody interrupted.
+    code, output = command.run(tmp_path, "study", "study.yaml", "--only", "objective=grpo", "--runs", "again")
+    assert code == 0, output
+    assert timeless(tmp_path / "again" / "grpo" / "seed-0") == timeless(grpo)
+
+    code, output = command.run(tmp_path, "study", "report", "runs/small")
+    assert code == 0, output
+    assert "Ended by a gradient that is not finite, at their last evaluation: broken seed 0." in output
+    html, markdown = (runs / "report.html").read_text(), (runs / "report.md").read_text()
+    assert html.count("data:image/png;base64,") >= 9
+    assert "(1 collapsed)" in markdown
+    for row in (grpo, drpo):
+        accuracy = json.loads((row / "summary.json").read_text())["heldout_after"]
+        assert f"| {row.parent.name} | {accuracy:.1%} |" in markdown
