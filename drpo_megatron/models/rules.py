@@ -230,6 +230,8 @@ class Vocabulary:
                 "pad the model's vocabulary up, not down"
             )
         rows = tensors[0][rank * shape[0] : (rank + 1) * shape[0]]
+        if rows.shape[0] == shape[0]:
+            return rows  # The largest tensor there is: without a copy.
         padding = rows.new_zeros(shape[0] - rows.shape[0], *rows.shape[1:])
         return torch.cat([rows, padding])
 
