@@ -92,7 +92,8 @@ def test_eval_names_everything_that_is_wrong_before_it_loads_the_model(
         (["objective.delta=-1"], r"objective\.delta"),
         (["data.train=missing.jsonl"], r"missing\.jsonl"),
         (["model.hf_path=nowhere"], "nowhere"),
-        (["rollout.prompts_per_step=17"], "has 16 prompts, but a step may draw 17"),
+        (["rollout.prompts_per_step=17"], "has 16 prompts, but 17 different ones may be drawn at a time"),
+        (["rollout.max_staleness=4"], "has 16 prompts, but 20 .* for rollout.max_staleness=4 steps ahead"),
         (["not-an-override"], r"KEY=VALUE"),
     ],
 )

@@ -244,7 +244,7 @@ class Loop:
         if generating:
             num_generated = self.rollouts.num_tokens - self._num_tokens_before
             metrics["throughput/generate_tokens_per_s"] = num_generated / generating
-            metrics["rollout/overlap_share"] = seconds.get(OVERLAP, 0.0) / min(generating, training)
+            metrics["time/overlap_share"] = seconds.get(OVERLAP, 0.0) / min(generating, training)
         self._num_tokens_before = self.rollouts.num_tokens
         return metrics
 

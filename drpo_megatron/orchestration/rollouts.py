@@ -55,7 +55,8 @@ class Rollouts:
         self._in_flight: dict[int, _Drawing] = {}
         """By ticket."""
         self._next_ticket = 0
-        self._num_streams = 0
+        self._num_awaited = 0
+        """Completions that are asked for and not there."""
         self._num_scorings = 0
 
     def take(self, step: int, policy_version: int) -> tuple[list[RolloutGroup], dict[str, float]]:
@@ -128,9 +129,9 @@ class Rollouts:
         def receive(drawn: list[tuple[int, Completion]]) -> None:
             self._receive([(first + index // size, index % size, completion) for index, completion in drawn])
 
-        self._num_streams += 1
+        self._num_awaited += len(requests)
         self.clock.begin("generate")
-        self.engines.stream(requests, self.params, receive, self._end_stream)
+        self.engines.stream(requests, self.params, receive)
 
     def _receive(self, drawn: list[tuple[int, int, Completion]]) -> None:
         """Completions by ticket and place in the group. Groups that are complete now go to the rewards together."""
@@ -143,6 +144,9 @@ class Rollouts:
             self.num_tokens += len(completion.token_ids)
             if not drawing.num_missing:
                 complete.append(ticket)
+        self._num_awaited -= len(drawn)
+        if not self._num_awaited:
+            self.clock.end("generate")
         if complete:
             self._score(sorted(complete))
 
@@ -163,11 +167,6 @@ class Rollouts:
         self._num_scorings += 1
         self.clock.begin("reward")
         self.rewards.submit(pairs, receive)
-
-    def _end_stream(self) -> None:
-        self._num_streams -= 1
-        if not self._num_streams:
-            self.clock.end("generate")
 
     def _end_scoring(self, failures: dict[str, int]) -> None:
         self.num_reward_failures += sum(failures.values())

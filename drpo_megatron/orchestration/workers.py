@@ -65,24 +65,13 @@ Call = tuple[Process, Any]
 """A process and the ray.ObjectRef of its answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Watched:
-    """Work in the background."""
-
-    process: Process
-    receive: Callable[[Any], None]
-    """Takes its answer, or each of them if it is a stream."""
-    finish: Callable[[], None]
-    """Called after its last answer."""
-
-
 @dataclass
 class Supervisor:
     """Knows every process of the run, so that no wait outlives any of them."""
 
     processes: list[Process] = field(default_factory=list)
-    _background: dict[Any, Watched] = field(default_factory=dict)
-    """By what to wait for: a ray.ObjectRef or a stream of them."""
+    _background: dict[Any, tuple[Process, Callable[[Any], None]]] = field(default_factory=dict)
+    """Who works on it and who takes the answers, by what to wait for: a ray.ObjectRef or a stream of them."""
 
     def wait(self, calls: Sequence[Call], timeout_s: float | None = None) -> list[Any]:
         """The answers in order. Raises ProcessFailure that names the process at fault."""
@@ -94,11 +83,9 @@ class Supervisor:
         """Hand on answers of the background until `is_done()`. Raises as `wait`."""
         self._serve({}, is_done)
 
-    def watch(
-        self, process: Process, answer: Any, receive: Callable[[Any], None], finish: Callable[[], None] = lambda: None
-    ) -> None:
+    def watch(self, process: Process, answer: Any, receive: Callable[[Any], None]) -> None:
         """From now on every wait hands the answer (each answer of a ray.ObjectRefGenerator) to `receive`."""
-        self._background[answer] = Watched(process, receive, finish)
+        self._background[answer] = (process, receive)
 
     def _serve(self, pending: dict[Any, Process], is_done: Callable[[], bool], timeout_s: float | None = None) -> None:
         deadline = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
@@ -119,19 +106,15 @@ class Supervisor:
         return failures
 
     def _hand_on(self, answer: Any) -> Failure | None:
-        watched = self._background[answer]
+        process, receive = self._background[answer]
         is_stream = isinstance(answer, ray.ObjectRefGenerator)
         ref = next(answer, None) if is_stream else answer
-        failure = _failure(watched.process, ref) if ref is not None else None
-        if failure or not is_stream or ref is None:
+        failure = _failure(process, ref) if ref is not None else None
+        if failure or ref is None or not is_stream:
             del self._background[answer]
-        if failure:
-            return failure
-        if ref is not None:
-            watched.receive(ray.get(ref))
-        if answer not in self._background:
-            watched.finish()
-        return None
+        if ref is not None and not failure:
+            receive(ray.get(ref))
+        return failure
 
     def _failed_meanwhile(self, pending: dict[Any, Process]) -> list[Failure]:
         """Failures among the other processes of the run, by pinging those that are idle."""
@@ -246,25 +229,13 @@ class EngineGroup(ActorGroup):
         requests: Sequence[GenerationRequest],
         params: SamplingParams,
         receive: Callable[[list[tuple[int, Completion]]], None],
-        finish: Callable[[], None],
     ) -> None:
-        """`generate` in the background: (index of the request, completion) pairs as they are drawn, and the end of all.
-
-        Raises nothing: an engine's failure is met by whoever waits.
-        """
-        n, running = len(self), 0
-
-        def end() -> None:
-            nonlocal running
-            running -= 1
-            if not running:
-                finish()
-
+        """`generate` in the background: (index of the request, completion) pairs, as they are drawn."""
+        n = len(self)
         for i, process in enumerate(self.processes):
             if share := requests[i::n]:
-                running += 1
                 answers = process.actor.stream.options(num_returns="streaming").remote(share, params)
-                self.supervisor.watch(process, answers, lambda b, i=i: receive([(i + n * j, c) for j, c in b]), end)
+                self.supervisor.watch(process, answers, lambda b, i=i: receive([(i + n * j, c) for j, c in b]))
 
 
 class RewardGroup(ActorGroup):

@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from drpo_megatron.config import load_config
+from drpo_megatron.orchestration.run import read_inputs
 from tests.orchestration import command
+from tests.tiny import save_checkpoint, tiny_moe_config
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +25,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     directory = tmp_path_factory.mktemp("finished")
     objective = {"name": "dppo", "divergence": "topk_kl", "delta": 0.05, "num_topk": 4, "kl_ref": {"coef": 0.05}}
-    command.prepare(directory, objective=objective, trainer={"loss_low_memory": True})
+    rollout = {"max_response_tokens": 6, "dump": True}
+    command.prepare(directory, objective=objective, trainer={"loss_low_memory": True}, rollout=rollout)
     code, output = command.run(directory, "train", "run.yaml")
     assert code == 0, output
     return directory
@@ -37,8 +41,9 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     assert summary["heldout_before"] == rows[0]["eval/accuracy"]
     assert summary["heldout_after"] == rows[4]["eval/accuracy"]
     assert set(summary["peak_rss_mb"]) == {"trainer-rank0", "engine-0", "rewards", "driver"}
-    assert {"startup", "warmup", "generate", "reward", "train", "sync", "eval", "checkpoint"} <= set(summary["phase_s"])
-    assert sum(summary["phase_s"].values()) <= summary["wall_s"]
+    of_the_driver = {"startup", "warmup", "wait_for_rollouts", "train", "sync", "eval", "checkpoint"}
+    assert of_the_driver | {"generate", "reward"} <= set(summary["phase_s"])
+    assert sum(summary["phase_s"][phase] for phase in of_the_driver) <= summary["wall_s"]
     assert (run / "training.png").is_file()
     assert sorted(log.name for log in (run / "logs").iterdir()) == ["engine-0.log", "rewards.log", "trainer-rank0.log"]
     assert rows[0]["warmup/loss/last"] < rows[0]["warmup/loss/first"]
@@ -79,10 +84,54 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_by_bit(finished: Path, t
     for row, other in zip(expected, resumed, strict=True):
         timeless = {name for name in row if not name.startswith(("time/", "throughput/"))}
         assert {name: row[name] for name in timeless} == {name: other[name] for name in timeless}
-    weights = load_file(finished / "run" / "hf" / "model.safetensors")
-    others = load_file(directory / "run" / "hf" / "model.safetensors")
+    assert_equal_weights(finished / "run", directory / "run")
+
+
+def assert_equal_weights(run: Path, other: Path) -> None:
+    """Of the models that two runs trained."""
+    weights, others = (load_file(path / "hf" / "model.safetensors") for path in (run, other))
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_training_from_the_dump_repeats_the_run_bit_by_bit(finished: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(finished, tmp_path / "replay", ignore=shutil.ignore_patterns("checkpoints", "hf"))
+    arguments = ("run/config.yaml", "--from-dump", "run/rollouts", "run.run_dir=again", "rollout.dump=false")
+    code, output = command.run(directory, "train", *arguments)
+    assert code == 0, output
+    assert sorted(log.name for log in (directory / "again" / "logs").iterdir()) == ["trainer-rank0.log"]
+    expected, replayed = command.metrics(finished / "run"), command.metrics(directory / "again")
+    assert replayed[0]["warmup/loss/last"] == expected[0]["warmup/loss/last"]
+    for row, other in zip(expected[1:], replayed[1:], strict=True):
+        from_engines = ("time/", "throughput/", "eval/", "reward/failures", "rollout/num_dropped")
+        numbers = {name: value for name, value in row.items() if not name.startswith(from_engines)}
+        assert len(numbers) > 40
+        assert {name: other[name] for name in numbers} == numbers
+    assert_equal_weights(finished / "run", directory / "again")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["run.num_steps=5"], r"has no step_000005.jsonl, but run.num_steps=5; use run.num_steps=4"),
+        (["warmup=null"], r"warmup is '3 steps of warmup.jsonl .*' there and 'none' here"),
+        (["rollout.temperature=0.5"], r"rollout.temperature is 1.0 there and 0.5 here"),
+        (["objective.num_topk=5"], r"objective=dppo needs the 5 most probable tokens .* and the dump has 4"),
+        (["trainer.routing_replay=rollout"], r"needs routed experts, and the dump has none"),
+        (["model.hf_path=other"], r"model num_layers is 2 there and 3 here; tokenizer is '\w+' there and '\w+' here"),
+    ],
+)
+def test_a_dump_that_does_not_fit_is_refused_by_name(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    monkeypatch.chdir(finished)
+    if not (finished / "other").exists():
+        save_checkpoint(finished / "other", tiny_moe_config(num_hidden_layers=3))
+        tokenizer = finished / "other" / "tokenizer.json"
+        tokenizer.write_text(tokenizer.read_text().replace("t40", "u40"))
+    config = load_config("run/config.yaml", ["rollout.from_dump=run/rollouts", *overrides])
+    with pytest.raises(ValueError, match=message):
+        read_inputs(config)
 
 
 def test_eval_scores_the_trained_model_as_the_run_did(finished: Path) -> None:
