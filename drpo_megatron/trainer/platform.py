@@ -67,7 +67,7 @@ def activate(wanted: Literal["auto", "cpu", "gpu"], local_rank: int = 0) -> Plat
         torch.cuda.set_device(local_rank)
         _active = Platform("gpu", torch.device("cuda", local_rank), "nccl", _has_transformer_engine())
     else:
-        _check_versions()
+        check_cpu_versions()
         _tell_megatron_about_the_cpu()
         _active = Platform("cpu", _device, "gloo", False)
     return _active
@@ -92,7 +92,7 @@ def _has_transformer_engine() -> bool:
     return True
 
 
-def _check_versions() -> None:
+def check_cpu_versions() -> None:
     megatron = importlib.metadata.version("megatron-core")
     if megatron not in CHECKED_MEGATRON:
         raise ValueError(

@@ -34,7 +34,7 @@ def test_optimizers_see_cuda_type_names_only_inside_the_scope() -> None:
 def test_other_versions_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform.importlib.metadata, "version", lambda name: "0.19.2")
     with pytest.raises(ValueError, match=r"checked with megatron-core 0\.16\.1, but 0\.19\.2 is installed"):
-        platform._check_versions()
+        platform.check_cpu_versions()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

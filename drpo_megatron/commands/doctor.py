@@ -1,0 +1,110 @@
+"""`drpo-megatron doctor`: is this machine, or each of several nodes, fit for a run, and what to do where it isn't."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from drpo_megatron.commands import BadInput, RunFailed
+
+if TYPE_CHECKING:
+    from drpo_megatron.doctor.finding import Finding
+    from drpo_megatron.doctor.nodes import Report
+
+_HELP = """\
+Look at versions and whether they go together, GPUs and their links, the network, the run directory's file system,
+shared memory, ports, clock and limits. One line each: ok, warn or fail, and what to do. Exit code 1 when a line fails
+or, with --compare, when nodes differ.
+
+examples:
+  drpo-megatron doctor
+  drpo-megatron doctor --run-dir /shared/runs --sglang-python /shared/sglang/bin/python
+  srun --ntasks-per-node=1 drpo-megatron doctor --json | drpo-megatron doctor --compare -
+"""
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+
+def add(commands: Any, style: dict[str, Any]) -> None:
+    parser = commands.add_parser("doctor", help="check this machine, or several nodes", description=_HELP, **style)
+    parser.add_argument(
+        "--run-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs go; default: runs"
+    )
+    parser.add_argument(
+        "--sglang-python",
+        type=Path,
+        default=Path(".venv-sglang/bin/python"),
+        metavar="FILE",
+        help="interpreter with SGLang; default: .venv-sglang/bin/python",
+    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
+    parser.add_argument(
+        "--compare", metavar="FILE", help="of what --json printed on several nodes; - is standard input"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.compare is not None:
+        _compare(args.compare)
+        return
+    from drpo_megatron.doctor.nodes import Report
+
+    report = Report(socket.gethostname(), tuple(_examine(args)))
+    if args.json:
+        print(report.to_json())
+    else:
+        _print(report)
+    if report.failed:
+        raise RunFailed(
+            f"{len(report.failed)} line(s) failed on {report.node}: {', '.join(f.name for f in report.failed)}"
+        )
+
+
+def _examine(args: argparse.Namespace) -> list[Finding]:
+    from drpo_megatron.doctor import gpus, machine, software
+    from drpo_megatron.doctor.finding import examine
+
+    return examine(
+        {
+            "requirements": software.check_requirements,
+            "torch": software.check_torch,
+            "transformer engine": software.check_transformer_engine,
+            "apex": software.check_apex,
+            "sglang": partial(software.check_sglang, args.sglang_python),
+            "gpus": gpus.check_gpus,
+            "network": gpus.check_network,
+            "run directory": partial(machine.check_run_directory, args.run_dir),
+            "shared memory": machine.check_shared_memory,
+            "ports": machine.check_ports,
+            "limits": machine.check_limits,
+        }
+    )
+
+
+def _compare(source: str) -> None:
+    from drpo_megatron.doctor.nodes import odd_ones, read_reports
+
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        reports = read_reports(text.splitlines())
+    except (ValueError, OSError) as error:
+        raise BadInput(error) from error
+    if odd := odd_ones(reports):
+        raise RunFailed("\n".join([f"{len(reports)} nodes, and they are not fit to run together:", *odd]))
+    print(f"{len(reports)} nodes are alike, and nothing failed")
+
+
+def _print(report: Report) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(report.node)
+    for finding in report.findings:
+        status = f"[{_COLOURS[finding.status]}]{finding.status:<5}[/]"
+        console.print(status, f"{finding.name:<20}{finding.found}", f"({finding.detail})" if finding.detail else "")
+        if finding.advice:
+            console.print(f"      -> {finding.advice}", markup=False)
