@@ -14,6 +14,7 @@ from drpo_megatron.config.hf_config import HFModelConfig, read_hf_config
 from drpo_megatron.config.objective import DRPOConfig, GSPOConfig, ImportedObjectiveConfig
 from drpo_megatron.config.problems import listed
 from drpo_megatron.config.sections import Config, ParallelSection
+from drpo_megatron.config.sglang_checks import sglang_problems
 
 _MEGATRON_FILES = ("metadata.json", ".metadata", "common.pt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -41,7 +42,7 @@ def check_config(config: Config) -> list[str]:
     else:
         problems += [*_tokenizer_problems(config), *_model_problems(config.parallel, model)]
         problems += [*_context_problems(config, model), *_megatron_path_problems(config, model)]
-        problems += _routing_problems(config, model)
+        problems += [*_routing_problems(config, model), *sglang_problems(config, model)]
     if problems:
         raise ValueError(listed("this configuration can't run", problems))
     return list(_warnings(config))
@@ -215,6 +216,12 @@ def _rollout_problems(config: Config) -> Iterator[str]:
 
 
 def _batch_problems(config: Config) -> Iterator[str]:
+    profile = config.metrics.profile
+    if profile is not None and profile.last_step > config.run.num_steps:
+        yield (
+            f"metrics.profile ends with step {profile.last_step}, after run.num_steps={config.run.num_steps}: its trace "
+            "would never be written; lower metrics.profile.first_step or num_steps"
+        )
     if config.run.num_steps == 0 and config.warmup is None:
         yield "run.num_steps=0 without a warmup section leaves nothing to do; give one of them"
     rollout, trainer, parallel = config.rollout, config.trainer, config.parallel

@@ -147,7 +147,8 @@ class TransformersEngineSection(Section):
 class SGLangEngineSection(Section):
     name: Literal["sglang"] = "sglang"
     num_engines: PositiveInt = 1
-    """Servers to launch, each with its own share of the prompts."""
+    """Servers to launch. One process sends each group of requests to the least loaded; it also keeps the weights that
+    were published last, in its machine's memory, for servers that are lost and come back."""
     servers: tuple[str, ...] = ()
     """URLs of servers that somebody else runs, such as http://10.0.0.7:30000. None is launched then."""
     api_key_file: str | None = None
@@ -279,6 +280,17 @@ class WandbSection(Section):
     entity: str | None = None
 
 
+class ProfileSection(Section):
+    first_step: PositiveInt
+    """Step of the run whose training is the first in the trace. The very first is slower than the others."""
+    num_steps: PositiveInt = 1
+    """Tens of MB a step."""
+
+    @property
+    def last_step(self) -> int:
+        return self.first_step + self.num_steps - 1
+
+
 class MetricsSection(Section):
     console: Literal["auto", "progress", "plain", "off"] = "auto"
     """`progress`: a live table; `plain`: one line a step (logs, CI); auto: by whether stdout is a terminal."""
@@ -286,6 +298,8 @@ class MetricsSection(Section):
     wandb: WandbSection = WandbSection()
     plot: bool = True
     """Draw `training.png` in the run directory at the end."""
+    profile: ProfileSection | None = None
+    """Trace trainer rank 0 with torch's profiler for a few steps, into RUN_DIR/profile/. Those steps are slower."""
 
 
 class ClusterSection(Section):

@@ -2,6 +2,7 @@
 
     TrainerRank   one Megatron rank          logs/trainer-rank<r>.log
     EngineActor   one rollout engine         logs/engine-<i>.log
+    ServerActor   one SGLang server          logs/server-<i>.log
     RewardActor   the reward function        logs/rewards.log
 
 Modules that import torch are imported inside `start`, so that their output and errors are already in the log file.
@@ -26,7 +27,10 @@ from drpo_megatron.config import Config
 from drpo_megatron.types import Completion, Prompt, Sample, StepReport
 
 if TYPE_CHECKING:
-    from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
+    import torch
+
+    from drpo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
+    from drpo_megatron.rollout.sglang_server import Endpoint
     from drpo_megatron.weight_sync import Bucket, PublishReport
 
 
@@ -104,6 +108,33 @@ class TrainerRank(ProcessActor):
         self.rank = rank
         self.trainer = Trainer(config)
 
+    def device_name(self) -> str | None:
+        """Of its GPU. None on a CPU."""
+        import torch
+
+        return torch.cuda.get_device_name() if self.trainer.platform.name == "gpu" else None
+
+    def peak_memory_mb(self) -> float:
+        """What torch allocated at most on the GPU since the last call. On a CPU the process's peak in all its life."""
+        import torch
+
+        if self.trainer.platform.name != "gpu":
+            return self.peak_rss_mb()
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 2**20
+
+    def start_profile(self) -> None:
+        from drpo_megatron.trainer.profile import Profiler
+
+        if self.rank == 0:
+            self.profiler = Profiler()
+            self.profiler.start()
+
+    def stop_profile(self, file: Path) -> None:
+        if self.rank == 0:
+            self.profiler.stop(file)
+
     def policy_version(self) -> int:
         return self.trainer.policy_version
 
@@ -136,8 +167,6 @@ class TrainerRank(ProcessActor):
 
         `quantized`: as `precision.rollout` says; otherwise as they are.
         """
-        import torch
-
         from drpo_megatron.weight_sync import publish
 
         def load(bucket: Bucket) -> None:
@@ -153,7 +182,7 @@ class TrainerRank(ProcessActor):
             self.trainer.policy_version,
             load,
             finish,
-            dtype=torch.float32,
+            dtype=engine_dtype(self.trainer.config),
             encode=precision.dequantized if precision is not None else None,
         )
         if self.rank == 0:
@@ -175,14 +204,58 @@ class TrainerRank(ProcessActor):
                 pass
 
 
+class ServerActor(ProcessActor):
+    """Keeps one SGLang server up, on the GPUs that Ray gave it. The server ends with this process."""
+
+    def start(self, config: Config, log_file: Path) -> Endpoint:
+        """Returns when the server is ready. ServerFailure, with the end of its log, when it does not start."""
+        from drpo_megatron.rollout.sglang_server import ServerKeeper, SGLangServer, server_dtype, server_flags
+
+        section, hf_path = config.rollout.engine, config.model.hf_path
+        device = "cuda" if ray.get_gpu_ids() else "cpu"
+        replays = config.trainer.routing_replay != "off"
+        flags = server_flags(hf_path, section, server_dtype(section, hf_path), device, routed_experts=replays)
+        host = "127.0.0.1" if config.cluster.ray_address is None else ray.util.get_node_ip_address()
+        server = SGLangServer(flags, section.python, device, log_file, host)
+        self.keeper = ServerKeeper(server, section, config.cluster.startup_timeout_s)
+        self.keeper.start()
+        return server.endpoint
+
+    def is_alive(self) -> bool:
+        """Raises ServerFailure when the server is down for good."""
+        self.keeper.check()
+        return True
+
+
 class EngineActor(ProcessActor):
     """One rollout engine (`drpo_megatron.rollout.engine.RolloutEngine`), on a GPU if Ray gave it one."""
 
-    def start(self, config: Config) -> None:
+    def start(self, config: Config, *endpoints: Endpoint) -> None:
+        """`endpoints`: of the SGLang servers that were launched for it."""
+        if config.rollout.engine.name == "sglang":
+            self.engine: RolloutEngine = self._connect(config, endpoints)
+            return
         from drpo_megatron.rollout.transformers_engine import TransformersEngine
 
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         self.engine = TransformersEngine(config.model.hf_path, config.rollout.engine, device, config.precision)
+
+    def _connect(self, config: Config, endpoints: Sequence[Endpoint]) -> RolloutEngine:
+        """Servers count when their weights were verified, so they are sent the checkpoint that they were launched with."""
+        from drpo_megatron.checkpoint.hf import HFCheckpoint
+        from drpo_megatron.models import get_family
+        from drpo_megatron.rollout.sglang_engine import SGLangEngine
+        from drpo_megatron.rollout.sglang_server import outside_endpoints
+        from drpo_megatron.weight_sync import publish
+
+        section, hf_path = config.rollout.engine, config.model.hf_path
+        endpoints = endpoints or outside_endpoints(section)
+        engine = SGLangEngine(endpoints, section, hf_path, config.cluster.startup_timeout_s)
+        checkpoint = HFCheckpoint(hf_path)
+        family = get_family(checkpoint.config)
+        exported = (item for item in checkpoint.iter_tensors() if not family.ignores(item[0]))
+        publish(exported, 0, engine.load_weights, engine.finish_update, dtype=engine_dtype(config))
+        return engine
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]:
         return self.engine.generate(requests, params)
@@ -212,3 +285,14 @@ class RewardActor(ProcessActor):
 
     def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> tuple[list[float], dict[str, int]]:
         return self.scorer.score(pairs)
+
+
+def engine_dtype(config: Config) -> torch.dtype:
+    """What weights are sent in. The embedded engine holds FP32."""
+    import torch
+
+    from drpo_megatron.rollout.sglang_server import server_dtype
+
+    section = config.rollout.engine
+    name = server_dtype(section, config.model.hf_path) if section.name == "sglang" else "float32"
+    return getattr(torch, name)

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import ray
 
 from drpo_megatron.config import Config
-from drpo_megatron.orchestration.actors import EngineActor, RewardActor, TrainerRank
+from drpo_megatron.config.sections import SGLangEngineSection
+from drpo_megatron.orchestration.actors import EngineActor, RewardActor, ServerActor, TrainerRank
 from drpo_megatron.orchestration.clock import Clock
 from drpo_megatron.orchestration.workers import (
     ActorGroup,
@@ -44,12 +45,16 @@ class Numbers(NamedTuple):
     ranks: int
     engines: int
     rewards: int
+    servers: int
 
     @classmethod
     def of(cls, config: Config, trains: bool) -> Numbers:
-        ranks = config.parallel.num_ranks if trains else 0
-        draws = config.rollout.from_dump is None
-        return cls(ranks, config.rollout.engine.num_engines, 1) if draws else cls(ranks, 0, 0)
+        ranks, engine = config.parallel.num_ranks if trains else 0, config.rollout.engine
+        if config.rollout.from_dump is not None:
+            return cls(ranks, 0, 0, 0)
+        if isinstance(engine, SGLangEngineSection):  # One process speaks to all servers.
+            return cls(ranks, 1, 1, 0 if engine.servers else engine.num_engines)
+        return cls(ranks, engine.num_engines, 1, 0)
 
 
 @contextmanager
@@ -115,15 +120,13 @@ def _wait_for_machines(wanted: int, timeout_s: float) -> None:
 
 
 def _start(config: Config, numbers: Numbers, logs: Path, say: Callable[[str], None]) -> Workers:
-    num_ranks, num_engines, num_rewards = numbers
-    kinds = [
-        _count(n, noun) for n, noun in zip(numbers, ("trainer rank", "engine", "reward process"), strict=True) if n
-    ]
-    say(f"starting {', '.join(kinds)} ...")
+    num_ranks, num_engines, num_rewards, num_servers = numbers
+    nouns = ("trainer rank", "engine", "reward process", "SGLang server")
+    say(f"starting {', '.join(_count(n, noun) for n, noun in zip(numbers, nouns, strict=True) if n)} ...")
     started, timeout_s = time.monotonic(), config.cluster.startup_timeout_s
     on_gpu = _ranks_have_gpus(config, numbers)
     spare_gpus = int(ray.cluster_resources().get("GPU", 0)) - num_ranks
-    engines_on_gpu = on_gpu and spare_gpus >= num_engines
+    engines_on_gpu = on_gpu and not num_servers and spare_gpus >= num_engines
     supervisor = Supervisor()
 
     def launch(actor_class: type, name: str, log: str, environment: dict[str, str], num_gpus: int = 0) -> Process:
@@ -146,7 +149,12 @@ def _start(config: Config, numbers: Numbers, logs: Path, say: Callable[[str], No
     ]
     rewards = [launch(RewardActor, "rewards", "rewards", _environment(1)) for _ in range(num_rewards)]
 
-    processes = [*ranks, *engines, *rewards]
+    gpus_each = _gpus_a_server(config) if on_gpu else 0
+    servers = [
+        launch(ServerActor, f"server {i}", f"server-{i}", engine_environment, gpus_each) for i in range(num_servers)
+    ]
+
+    processes = [*ranks, *engines, *rewards, *servers]
     places = supervisor.wait([(p, p.actor.place.remote()) for p in processes], timeout_s)
     for process, place in zip(processes, places, strict=True):
         process.place = place
@@ -154,7 +162,10 @@ def _start(config: Config, numbers: Numbers, logs: Path, say: Callable[[str], No
     for process in processes:
         process.actor.open_log.remote(process.log_file)
 
-    starting = [(p, p.actor.start.remote(config)) for p in (*engines, *rewards)]
+    starting = [(p, p.actor.start.remote(config, p.log_file)) for p in servers]
+    endpoints = [ref for _, ref in starting]  # Ray starts the engine when they are there.
+    starting += [(p, p.actor.start.remote(config, *endpoints)) for p in engines]
+    starting += [(p, p.actor.start.remote(config)) for p in rewards]
     if ranks:
         starting += _start_ranks(config, ranks, supervisor)
     supervisor.wait(starting, timeout_s)
@@ -187,12 +198,22 @@ def _ranks_have_gpus(config: Config, numbers: Numbers) -> bool:
         raise ValueError(f"the Ray cluster has {num_cpus} CPUs, but the run needs {needed}, one a process")
     if backend == "cpu" or (backend == "auto" and num_gpus == 0):
         return False
+    if (needed := num_ranks + numbers.servers * _gpus_a_server(config)) > num_gpus >= num_ranks:
+        raise ValueError(
+            f"parallel.num_ranks={num_ranks} and rollout.engine.num_engines={numbers.servers} servers of "
+            f"{_gpus_a_server(config)} GPUs need {needed}, but Ray sees {num_gpus}; use fewer, or more nodes"
+        )
     if num_gpus < num_ranks:
         raise ValueError(
             f"parallel.num_ranks={num_ranks} needs as many GPUs, but Ray sees {num_gpus}; "
             f"use fewer ranks, more nodes, or trainer.backend=cpu"
         )
     return True
+
+
+def _gpus_a_server(config: Config) -> int:
+    engine = config.rollout.engine
+    return engine.tensor_parallel * engine.data_parallel if isinstance(engine, SGLangEngineSection) else 0
 
 
 def _environment(num_threads: int) -> dict[str, str]:

@@ -1,11 +1,12 @@
-"""A RolloutEngine (see engine.py) in front of one or several SGLang servers, which somebody else keeps running."""
+"""A RolloutEngine (see engine.py) in front of SGLang servers, which a ServerKeeper or somebody else keeps running."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count, groupby
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -15,17 +16,21 @@ from drpo_megatron.config.hf_config import ExpertRouting, read_expert_routing, r
 from drpo_megatron.config.sections import SGLangEngineSection
 from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
 from drpo_megatron.rollout.sglang_client import Generated, LoopThread, SGLangClient
-from drpo_megatron.rollout.sglang_router import SGLangRouter
+from drpo_megatron.rollout.sglang_router import NoServerLeft, SGLangRouter
 from drpo_megatron.rollout.sglang_server import Endpoint
 from drpo_megatron.rollout.sglang_sync import WeightSender
+from drpo_megatron.rollout.sglang_transport import BroadcastFailed
 from drpo_megatron.types import Completion
+
+Bucket = list[tuple[str, torch.Tensor]]
 
 
 class SGLangEngine:
     """Nothing is drawn before the first `finish_update`: a server's weights count when they were verified.
 
-    SGLang's sampler takes no seed that has an effect, so `GenerationRequest.seed` is not used: draws differ from run
-    to run.
+    The weights published last are kept in this process: when every server has been lost, those that come back get them
+    and the requests go on. SGLang's sampler takes no seed that has an effect, so `GenerationRequest.seed` is not used:
+    draws differ from run to run.
     """
 
     def __init__(
@@ -35,6 +40,7 @@ class SGLangEngine:
         hf_path: str,
         wait_for_server_s: float = 300.0,
     ) -> None:
+        self.section = section
         self.tokenizer = AutoTokenizer.from_pretrained(hf_path, local_files_only=True, trust_remote_code=False)
         self.stop_ids = _stop_ids(hf_path, self.tokenizer.eos_token_id)
         self.context_length = read_hf_config(hf_path).max_position_embeddings
@@ -42,10 +48,10 @@ class SGLangEngine:
         self._loop = LoopThread()
         self._loop.run(self._connect(endpoints, section, read_expert_routing(hf_path)))
         self.sender = WeightSender(self.clients, self._loop, section, hf_path, wait_for_server_s)
-        self._received: dict[str, str] = {}
         self._label = ""
-        self._drawn: dict[tuple[str, SamplingParams], Completion] = {}
-        """Of a `generate` that was interrupted: what had finished, with the weights of `_label`."""
+        self._buckets: list[Bucket] = []
+        """The published weights, or those of an update that is not finished."""
+        self._is_published = False
 
     async def _connect(
         self, endpoints: Sequence[Endpoint], section: SGLangEngineSection, routing: ExpertRouting | None
@@ -58,10 +64,18 @@ class SGLangEngine:
     # --- generation ---------------------------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]:
-        """Completions in the order of the requests.
+        """Completions in the order of the requests. Raises what `stream` raises."""
+        done = {index: completion for group in self.stream(requests, params) for index, completion in group}
+        return [done[i] for i in range(len(requests))]
+
+    def stream(
+        self, requests: Sequence[GenerationRequest], params: SamplingParams
+    ) -> Iterator[list[tuple[int, Completion]]]:
+        """Group by group, as they finish; neighbours with the same prompt are a group.
 
         Raises: ValueError for a prompt that leaves no room in the context, before anything is sent. NoServerLeft when
-            the servers, or their weights, are lost; after the next update the same call goes on where it stopped.
+            no weights are published, or all servers were lost more than `max_restarts` times. SyncFailed when they
+            were lost and none came back.
         """
         for request in requests:
             if len(request.prompt_ids) + params.max_response_tokens > self.context_length:
@@ -69,15 +83,41 @@ class SGLangEngine:
                     f"{request.request_id}: {len(request.prompt_ids)} prompt tokens + {params.max_response_tokens} response "
                     f"tokens exceed the model's context of {self.context_length}"
                 )
-        missing = [request for request in requests if (request.request_id, params) not in self._drawn]
-        self._loop.run(self._draw(missing, params))
-        return [self._drawn.pop((request.request_id, params)) for request in requests]
+        missing = dict(enumerate(requests))
+        num_losses = 0
+        while missing:
+            try:
+                for drawn in self._stream_once(missing, params):
+                    for index, _ in drawn:
+                        del missing[index]
+                    yield drawn
+            except NoServerLeft:
+                num_losses += 1
+                if not self._is_published or num_losses > self.section.max_restarts:
+                    raise
+                self._publish_again()
 
-    async def _draw(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> None:
-        groups = [list(group) for _, group in groupby(requests, key=lambda request: request.prompt_ids)]
-        async for index, generated in self.router.stream(groups, params):
-            for request, drawn in zip(groups[index], generated, strict=True):
-                self._drawn[request.request_id, params] = self._completion(drawn)
+    def _stream_once(
+        self, missing: dict[int, GenerationRequest], params: SamplingParams
+    ) -> Iterator[list[tuple[int, Completion]]]:
+        groups = [list(group) for _, group in groupby(missing.items(), key=lambda item: item[1].prompt_ids)]
+        answers: SimpleQueue[tuple[int, list[Generated]] | None] = SimpleQueue()
+
+        async def draw() -> None:
+            try:
+                async for answer in self.router.stream([[request for _, request in group] for group in groups], params):
+                    answers.put(answer)
+            finally:
+                answers.put(None)
+
+        drawing = self._loop.submit(draw())
+        try:
+            while (answer := answers.get()) is not None:
+                group, generated = groups[answer[0]], answer[1]
+                yield [(index, self._completion(g)) for (index, _), g in zip(group, generated, strict=True)]
+            drawing.result()
+        finally:
+            drawing.cancel()
 
     def _completion(self, drawn: Generated) -> Completion:
         versions = self.router.policy_versions(drawn)
@@ -97,20 +137,24 @@ class SGLangEngine:
     # --- weights ------------------------------------------------------------------------------------------------------
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Send one bucket to all servers. From the first one on nothing is drawn until `finish_update`."""
-        bucket = list(named_tensors)
-        if not self.sender.is_open:
+        """Send one bucket to all servers. From the first one on nothing is drawn until `finish_update`.
+
+        Raises: SyncFailed when it reaches none, or the disk is full; BroadcastFailed as often as `max_attempts`.
+        """
+        if self._is_published or not self.sender.is_open:
             self.router.withdraw()
-            self._received = {}
-        self._received |= {name: tensor_checksum(tensor) for name, tensor in bucket}
-        self.sender.send(bucket)
+            self._buckets, self._is_published = [], False
+        bucket = list(named_tensors)
+        self._buckets.append(bucket)
+        self._send([bucket])
 
     def finish_update(self, policy_version: int, expected_checksums: dict[str, str]) -> None:
         """Publish on every server that holds exactly what the trainer exported; ValueError or SyncFailed if none does."""
+        received = {name: tensor_checksum(tensor) for bucket in self._buckets for name, tensor in bucket}
         wrong = [
             name
-            for name in sorted(self._received.keys() | expected_checksums.keys())
-            if self._received.get(name) != expected_checksums.get(name)
+            for name in sorted(received.keys() | expected_checksums.keys())
+            if received.get(name) != expected_checksums.get(name)
         ]
         if wrong:
             raise ValueError(
@@ -118,12 +162,30 @@ class SGLangEngine:
                 f"{', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}"
             )
         digest = hashlib.sha256(repr(sorted(expected_checksums.items())).encode()).hexdigest()[:12]
-        label = f"{policy_version}-{digest}"
+        self._publish(policy_version, f"{policy_version}-{digest}")
+
+    def _send(self, buckets: Sequence[Bucket]) -> None:
+        """A broadcast that breaks off begins anew, without the servers that don't answer any more."""
+        for num_failures in count(1):
+            try:
+                for bucket in buckets:
+                    self.sender.send(bucket)
+                return
+            except BroadcastFailed as error:
+                if num_failures == self.section.max_attempts:
+                    raise
+                print(f"weights are sent again: {error}", flush=True)
+                buckets = self._buckets
+
+    def _publish(self, policy_version: int, label: str) -> None:
         clients = self.sender.finish(label)
-        if label != self._label:
-            self._drawn = {}
-        self.policy_version, self._label = policy_version, label
+        self.policy_version, self._label, self._is_published = policy_version, label, True
         self.router.publish(label, policy_version, clients)
+
+    def _publish_again(self) -> None:
+        """To whichever servers answer, once the first does."""
+        self._send(self._buckets)
+        self._publish(self.policy_version, self._label)
 
     def close(self) -> None:
         self.sender.close()

@@ -1,7 +1,7 @@
 """One SGLang server as a process of ours: started, watched, started again, and never left behind.
 
     ServerKeeper (a thread) --starts--> sglang_launch.py (own session) --spawns--> scheduler, detokenizer
-         |  every few seconds: is the process there, does /health answer?
+         |  every few seconds: is the process there, does /health or /server_info answer?
          '--> dead or silent: kill what is left, wait (1, 2, 4, ... s), start again on the same port
 
 A restarted server holds the weights it was launched with. It doesn't know the label of the published ones, so nobody
@@ -11,6 +11,7 @@ takes a sample from it until the next publication (see sglang_sync.py).
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import secrets
 import signal
@@ -22,7 +23,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from drpo_megatron.config.sections import SGLangEngineSection
 
@@ -53,6 +54,13 @@ class Endpoint:
     api_key: str = field(repr=False)
 
 
+def outside_endpoints(section: SGLangEngineSection) -> list[Endpoint]:
+    """The servers that somebody else runs, with their key."""
+    file = section.api_key_file
+    key = Path(file).read_text(encoding="utf-8").split()[0] if file is not None else ""
+    return [Endpoint(url.rstrip("/"), key) for url in section.servers]
+
+
 def server_flags(
     model_path: str, section: SGLangEngineSection, dtype: str, device: str, routed_experts: bool = False
 ) -> list[str]:
@@ -73,6 +81,17 @@ def server_flags(
         if value is not False:
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return words
+
+
+def server_dtype(section: SGLangEngineSection, hf_path: str) -> str:
+    """`float32` or `bfloat16`: of the server's weights, and so of what is sent to it. ValueError for another one."""
+    if section.dtype != "auto":
+        return section.dtype
+    fields = json.loads(Path(hf_path, "config.json").read_text(encoding="utf-8"))
+    found = fields.get("dtype") or fields.get("torch_dtype") or "float32"
+    if found not in get_args(SGLangEngineSection.model_fields["dtype"].annotation):
+        raise ValueError(f"{hf_path} is in {found}; set rollout.engine.dtype to float32 or bfloat16")
+    return str(found)
 
 
 def free_port(host: str) -> int:
@@ -125,7 +144,11 @@ class SGLangServer:
 
     def is_healthy(self, timeout_s: float) -> bool:
         """Whether it generates a token, or is busy with others' requests."""
-        return self.is_running() and is_healthy(self.endpoint.url, timeout_s)
+        return self.is_running() and answers(self.endpoint, "/health", timeout_s)
+
+    def is_alive(self, timeout_s: float) -> bool:
+        """Healthy, or paused for new weights: then its scheduler answers, but no token comes."""
+        return self.is_healthy(timeout_s) or (self.is_running() and answers(self.endpoint, "/server_info", timeout_s))
 
     def stop(self, patience_s: float = 10.0) -> None:
         """Ask it to end, then make it: the whole session, stopped processes included."""
@@ -146,11 +169,11 @@ class SGLangServer:
         )
 
 
-def is_healthy(url: str, timeout_s: float) -> bool:
-    """Whether the server at `url` answers /health with 200 within `timeout_s`."""
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=timeout_s)
+def answers(endpoint: Endpoint, path: str, timeout_s: float) -> bool:
+    """Whether a GET of `path` gives a 200 within `timeout_s`."""
+    connection = http.client.HTTPConnection(endpoint.url.removeprefix("http://"), timeout=timeout_s)
     try:
-        connection.request("GET", "/health")
+        connection.request("GET", path, headers={"Authorization": f"Bearer {endpoint.api_key}"})
         return connection.getresponse().status == 200
     except (OSError, http.client.HTTPException):
         return False
@@ -193,10 +216,10 @@ class ServerKeeper:
         num_quick_deaths = 0
         try:
             while not self._stop.is_set():
-                started = time.monotonic()
                 self.server.start()
                 self.server.wait_until_ready(self.startup_timeout_s, self._stop)
                 self._ready.set()
+                started = time.monotonic()
                 self._watch()
                 if self._stop.is_set():
                     return
@@ -219,5 +242,5 @@ class ServerKeeper:
             silent_s = time.monotonic() - last_answer
             if silent_s > self.section.hang_timeout_s:
                 return
-            if silent_s > self.section.health_interval_s and self.server.is_healthy(self.section.health_interval_s):
+            if silent_s > self.section.health_interval_s and self.server.is_alive(self.section.health_interval_s):
                 last_answer = time.monotonic()

@@ -23,16 +23,12 @@ from drpo_megatron.config.hf_config import read_hf_config
 from drpo_megatron.config.sections import SGLangEngineSection
 from drpo_megatron.rollout.sglang_client import LoopThread, ServerError, ServerLost, SGLangClient
 from drpo_megatron.rollout.sglang_layout import ServerChecksums
-from drpo_megatron.rollout.sglang_transport import Transport, make_transport
+from drpo_megatron.rollout.sglang_transport import SyncFailed, Transport, make_transport
 
 UPDATING = "updating"
 """The label of weights that nobody may use."""
 LAUNCHED = "default"
 """SGLang's own label of the weights that a server was launched with."""
-
-
-class SyncFailed(RuntimeError):
-    """No server holds the new weights. The message has a line for each."""
 
 
 class WeightSender:

@@ -29,6 +29,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from drpo_megatron.config.sections import SGLangEngineSection
@@ -38,6 +39,10 @@ Failed = dict[SGLangClient, BaseException]
 NamedTensors = Sequence[tuple[str, torch.Tensor]]
 
 _FLATTENED = "flattened_bucket"
+
+
+class SyncFailed(RuntimeError):
+    """No server holds the new weights. The message has a line for each, or says why none could be sent."""
 
 
 class BroadcastFailed(RuntimeError):
@@ -77,8 +82,18 @@ class DiskTransport:
         shutil.copy(self.hf_path / "config.json", self._directory)
 
     def send(self, bucket: NamedTensors, clients: Sequence[SGLangClient]) -> Failed:
+        """Raises SyncFailed when the file can't be written; what was written of this update is removed then."""
         assert self._directory is not None
-        save_file(dict(bucket), self._directory / f"model-{self._num_files:05d}.safetensors")
+        file = self._directory / f"model-{self._num_files:05d}.safetensors"
+        try:
+            save_file(dict(bucket), file)
+        except (OSError, SafetensorError) as error:
+            num_bytes, free = sum(tensor.nbytes for _, tensor in bucket), shutil.disk_usage(self._directory).free
+            self.close()
+            raise SyncFailed(
+                f"rollout.engine.sync=disk: {file} of {num_bytes:,} bytes could not be written, with {free:,} bytes free: "
+                f"{error}; make room, or set rollout.engine.sync_dir to a larger disk"
+            ) from None
         self._num_files += 1
         return {}
 
