@@ -126,6 +126,18 @@ def test_a_layout_that_does_not_fit_is_refused(directory: Path, parallel: dict[s
     assert len(matching) == 1
 
 
+@pytest.mark.parametrize("replay", ["measure", "rollout"])
+def test_routing_needs_experts_and_an_engine_that_reports_them(directory: Path, replay: str) -> None:
+    engine = {"name": "sglang", "python": sys.executable, "flags": {"enable-return-routed-experts": False}}
+    forbidden = the_problem(trainer={"routing_replay": replay}, rollout={"engine": engine})
+    assert forbidden.startswith(f"trainer.routing_replay={replay} needs routed experts from the engine")
+    assert check_config(config(trainer={"routing_replay": replay})) == []
+    (directory / "model" / "config.json").write_text(json.dumps(DENSE))
+    dense = the_problem(trainer={"routing_replay": replay})
+    assert dense.startswith(f"trainer.routing_replay={replay}, but qwen3 is a dense model without experts")
+    assert check_config(config(trainer={"routing_replay": "off"})) == []
+
+
 @pytest.mark.parametrize("key", ["expert", "expert_tensor"])
 def test_experts_of_a_dense_model_are_refused(directory: Path, key: str) -> None:
     (directory / "model" / "config.json").write_text(json.dumps(DENSE))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +17,7 @@ from drpo_megatron.data.packing import (
     split_optimizer_steps,
     unpack_token_values,
 )
-from drpo_megatron.types import Sample
+from drpo_megatron.types import RoutedExperts, Sample
 from tests.tiny import random_samples
 
 PAD = 99
@@ -116,6 +119,24 @@ def test_vectors_that_samples_may_carry_stand_at_their_targets() -> None:
     assert inner.topk_ids.tolist() == [[3, 9], [8, 4], [0, 0], [0, 0]]
     assert inner.topk_behavior_logprobs is not None
     assert torch.equal(inner.topk_behavior_logprobs, -inner.topk_ids.float())
+
+
+def test_routed_experts_stand_at_their_own_tokens() -> None:
+    def routed(*rows: int) -> RoutedExperts:
+        return RoutedExperts.of(np.array(rows).reshape(-1, 1, 2))
+
+    # Three tokens, of which the last was never fed to the engine; then two; then one that only fills up.
+    first, second = (sample("a", (1, 2), (3,), routed_experts=routed(1, 2, 3, 4)), sample("b", (5,), (6,)))
+    with pytest.raises(ValueError, match="sample b has no routed_experts"):
+        pack([first, second], [1.0, 1.0], pad_id=PAD, length_multiple=4, sequence_multiple=4)
+    samples = [first, replace(second, routed_experts=routed(5, 6)), replace(first, sample_id="c")]
+    batch = pack(samples, [1.0, 1.0, 0.0], pad_id=PAD, length_multiple=16, sequence_multiple=4)
+    none = [-1, -1]
+    assert batch.routed_experts is not None and batch.routed_experts.dtype == torch.int16
+    assert batch.routed_experts[:, 0].tolist() == [[1, 2], [3, 4], none, none, [5, 6], *[none] * 11]
+    outer = context_parallel_slice(batch, 0, 2)
+    assert outer.routed_experts is not None
+    assert outer.routed_experts[:, 0].tolist() == [[1, 2], none, [5, 6], *[none] * 5]
 
 
 def test_total_length_must_hold_the_samples() -> None:
