@@ -1,4 +1,4 @@
-"""The command line. `train` and `eval` are here, the other commands have a module each in `commands/`.
+"""The command line. `train` is here, the other commands have a module each in `commands/`.
 
 Exit codes: 0 done, 1 the run failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM; of `train` also 75, stopped by SIGTERM or
 SIGUSR1, and 76, a machine was lost: both can be continued. torch and ray are imported only when a command needs them,
@@ -13,10 +13,23 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from drpo_megatron import __version__
-from drpo_megatron.commands import BadInput, MachineLost, RunFailed, Stopped, convert, plan, study
+from drpo_megatron.commands import (
+    BadInput,
+    MachineLost,
+    RunFailed,
+    Stopped,
+    convert,
+    doctor,
+    eval,
+    plan,
+    raise_interrupt,
+    rollout,
+    slurm,
+    study,
+)
 
 if TYPE_CHECKING:
     from drpo_megatron.config import Config
@@ -33,16 +46,9 @@ examples:
   drpo-megatron train examples/quickstart.yaml objective=grpo --dry-run
   drpo-megatron train --resume runs/quickstart-20260101-120000
   drpo-megatron train --resume runs/quickstart-20260101-120000 run.num_steps=120
+  drpo-megatron train examples/quickstart.yaml rollout.max_staleness=1        generate while training
+  drpo-megatron train runs/quickstart-20260101-120000/config.yaml run.run_dir=replay --from-dump RUN_DIR/rollouts
   drpo-megatron train --help-config        every key with its type, default and meaning
-"""
-_EVAL_HELP = """\
-Sample answers to held-out problems and print the share that is correct.
-A run's model is scored on its own held-out file as the run did it; options change that.
-
-examples:
-  drpo-megatron eval runs/quickstart-20260101-120000
-  drpo-megatron eval runs/quickstart-20260101-120000 --samples 16 --temperature 0.6 --json
-  drpo-megatron eval checkpoints/my-model --prompts heldout.jsonl --reward math --max-response-tokens 2048
 """
 
 
@@ -80,22 +86,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("arguments", nargs="*", metavar="FILE KEY=VALUE", help="the run's YAML file, then overrides")
     train.add_argument("--dry-run", action="store_true", help="check everything, print config and plan, start nothing")
     train.add_argument("--resume", metavar="RUN_DIR", type=Path, help="continue this run after its newest checkpoint")
+    train.add_argument("--from-dump", metavar="DIR", help="train on dumped rollouts; starts no engines")
     train.add_argument("--help-config", action="store_true", help="explain every key of the YAML file")
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("eval", help="score a trained model", description=_EVAL_HELP, **style)
-    evaluate.add_argument("model", metavar="RUN_OR_HF_DIR", type=Path, help="run directory or Hugging Face checkpoint")
-    evaluate.add_argument("--prompts", metavar="FILE", help="JSONL of problems; default: the run's held-out file")
-    evaluate.add_argument("--samples", type=_positive(int), metavar="N", help="answers a problem; default: the run's")
-    evaluate.add_argument("--temperature", type=_positive(float), metavar="T", help="default: the run's, or 1")
-    evaluate.add_argument("--max-response-tokens", type=_positive(int), metavar="N", help="default: the run's")
-    evaluate.add_argument("--reward", metavar="NAME", help="arithmetic, math, or package.module:function")
-    evaluate.add_argument("--seed", type=int, help="of the draws; default: the run's, or 0")
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    evaluate.set_defaults(run=_eval)
-
+    doctor.add(commands, style)
+    eval.add(commands, style)
     convert.add(commands, style)
     plan.add(commands, style)
+    rollout.add(commands, style)
+    slurm.add(commands, style)
     study.add(commands, style)
     return parser
 
@@ -110,7 +110,7 @@ def _train(args: argparse.Namespace) -> None:
         print(describe_fields())
         return
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _raise_interrupt)  # While the loop runs, it has a gentler answer.
+        signal.signal(number, raise_interrupt)  # While the loop runs, it has a gentler answer.
     try:
         _train_or_resume(args)
     except KeyboardInterrupt as stop:
@@ -143,6 +143,7 @@ def _configure(args: argparse.Namespace) -> tuple[Config, RunDirectory | None]:
 
     file = args.arguments[0] if args.arguments and "=" not in args.arguments[0] else None
     overrides = args.arguments[1:] if file else args.arguments
+    overrides += [f"rollout.from_dump={json.dumps(args.from_dump)}"] if args.from_dump else []
     run = None
     if args.resume:
         run, config = RunDirectory.reopen(args.resume, Path(file) if file else None, overrides)
@@ -215,39 +216,7 @@ def _print_summary(summary: dict[str, Any], run: RunDirectory) -> None:
     console.print(f"results: {run.path}", highlight=False, soft_wrap=True)
 
 
-# --- eval ---------------------------------------------------------------------------------------------------------
-
-
-def _eval(args: argparse.Namespace) -> None:
-    names = ("prompts", "samples", "temperature", "max_response_tokens", "reward", "seed")
-    try:
-        from drpo_megatron.orchestration.evaluate import EvalOptions, evaluate_model
-
-        result = evaluate_model(args.model, EvalOptions(**{name: getattr(args, name) for name in names}))
-    except (ValueError, OSError) as error:
-        raise BadInput(error) from error
-    if args.json:
-        print(json.dumps({"model": str(args.model)} | result.as_dict()))
-        return
-    drawn = f"{result.num_problems} problems x {result.samples_per_prompt} samples"
-    print(f"accuracy {result.accuracy:.1%} (95 % interval {result.low:.1%} to {result.high:.1%}; {drawn})")
-    if result.samples_per_prompt > 1:
-        print(", ".join(f"pass@{k} {share:.1%}" for k, share in result.pass_at_k.items()))
-    print(f"{result.mean_response_tokens:.1f} tokens a response, {result.truncated_share:.1%} cut at the limit")
-
-
 # --- small things -------------------------------------------------------------------------------------------------
-
-
-def _positive(kind: type) -> Any:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if value <= 0:
-            raise argparse.ArgumentTypeError(f"{text} is not greater than 0")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names the type so: "invalid int value".
-    return parse
 
 
 def _say(text: str) -> None:
@@ -257,10 +226,6 @@ def _say(text: str) -> None:
 def _fail(error: Exception, code: int) -> int:
     print(f"error: {error}", file=sys.stderr)
     return code
-
-
-def _raise_interrupt(signum: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt(signum)
 
 
 if __name__ == "__main__":

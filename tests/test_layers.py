@@ -17,7 +17,7 @@ LEVELS = [
     {"checkpoint", "rollout"},
     {"trainer"},
     {"weight_sync", "conversion"},
-    {"orchestration", "study", "planner"},
+    {"orchestration", "study", "planner", "slurm", "doctor"},
     {"cli", "commands"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}

@@ -37,7 +37,11 @@ def add(commands: Any, style: dict[str, Any]) -> None:
         "--gpus", type=int, metavar="N", help="of the whole job, engines included; default: the recipe's"
     )
     parser.add_argument(
-        "--gpu-memory", type=_memory, metavar="SIZE", default="80GB", help="of one GPU (GB is 2^30 bytes); default 80GB"
+        "--gpu-memory",
+        type=memory_size,
+        metavar="SIZE",
+        default="80GB",
+        help="of one GPU (GB is 2^30 bytes); default 80GB",
     )
     parser.add_argument("--search", action="store_true", help="propose layouts that fit, by estimated step time")
     parser.add_argument("--check", action="store_true", help="compare counts with the model that Megatron builds")
@@ -63,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     except (ValueError, OSError) as error:
         raise BadInput(error) from error
     if not plan.fits:
-        raise BadInput(_what_to_change(config, hf_config, model, plan))
+        raise BadInput(what_to_change(config, hf_config, model, plan))
 
 
 def _read(args: argparse.Namespace) -> tuple[Config, HFModelConfig, Model]:
@@ -117,7 +121,7 @@ def _print(args: argparse.Namespace, config: Config, hf_config: HFModelConfig, m
         print_proposals(proposals, plan)
 
 
-def _what_to_change(config: Config, hf_config: HFModelConfig, model: Model, plan: Plan) -> str:
+def what_to_change(config: Config, hf_config: HFModelConfig, model: Model, plan: Plan) -> str:
     from drpo_megatron.planner.report import gib
     from drpo_megatron.planner.search import remedies
 
@@ -138,7 +142,7 @@ def _what_to_change(config: Config, hf_config: HFModelConfig, model: Model, plan
     )
 
 
-def _memory(text: str) -> int:
+def memory_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 80GB")
