@@ -57,6 +57,9 @@ class HFSource:
         if len(dtypes) > 1:
             found = ", ".join(f"{count} of {_text(dtype)}" for dtype, count in dtypes.most_common())
             notes.append(f"mixed dtypes: {found}; a Megatron tensor that is made of several takes the widest")
+        declared, usual = self.config.get("dtype", self.config.get("torch_dtype")), _text(dtypes.most_common(1)[0][0])
+        if declared not in (None, usual):
+            notes.append(f"config.json says {declared}, but the tensors are {usual} and stay so; --dtype changes both")
         return notes
 
     def _scale_of(self, name: str) -> str:

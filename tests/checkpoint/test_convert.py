@@ -120,6 +120,7 @@ def test_mixed_dtypes_and_a_written_out_tied_head_come_back(tmp_path: Path) -> N
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back", say=silent)
     assert same_files(source, tmp_path / "back")
     assert "mixed dtypes" in said[0] and "1 of float16" in said[0]
+    assert "config.json says float32, but the tensors are bfloat16" in said[1]
 
 
 def test_a_dtype_is_for_all_weights_and_stands_in_the_config(model: Path, tmp_path: Path) -> None:
