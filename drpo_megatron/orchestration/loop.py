@@ -35,6 +35,8 @@ from typing import Any, Protocol
 from drpo_megatron.config import Config
 from drpo_megatron.orchestration.clock import OVERLAP, Clock
 from drpo_megatron.orchestration.early_warning import METRIC, EarlyWarning
+from drpo_megatron.orchestration.gauges import Gauges
+from drpo_megatron.orchestration.profile import Profiling
 from drpo_megatron.orchestration.run_directory import Progress, RunDirectory
 from drpo_megatron.orchestration.warmup import warm_up
 from drpo_megatron.orchestration.workers import Workers
@@ -85,6 +87,8 @@ class Loop:
         self.heldout, self.demonstrations = heldout, demonstrations
         self.metrics, self.clock, self.say = metrics, clock, say
         self.early_warning = EarlyWarning(config.precision.monitor.early_warning)
+        self.gauges = Gauges(config, workers.ranks)
+        self.profiling = Profiling(config.metrics.profile, workers.ranks, run.path / "profile", say)
         self.policy_version = 0
         self.num_trained_tokens = 0
         self.accuracy: dict[int, float] = {}
@@ -113,12 +117,14 @@ class Loop:
         self.rollouts.draw_ahead(step)
         if self.config.rollout.dump:
             self.run_directory.dump(step, groups, self.config)
-        report = self.train(to_samples(groups, self.config.advantages.name))
+        samples = to_samples(groups, self.config.advantages.name)
+        with self.profiling.of(step):
+            report = self.train(samples)
         warning = self.watch(report)
         self.publish()
         if self.is_due(self.config.eval.every, step):
             metrics |= self.evaluate(step)
-        self.metrics.log(step, metrics | report.metrics | self.timings(report.num_tokens))
+        self.metrics.log(step, metrics | report.metrics | self.timings(report.num_tokens, len(samples)))
         must_stop = warning is not None and self.config.precision.monitor.early_warning.action == "stop"
         if self.is_due(self.config.checkpoint.every, step) or self.stop_reason is not None or must_stop:
             self.save(step)
@@ -234,13 +240,14 @@ class Loop:
     def is_due(self, every: int, step: int) -> bool:
         return step == self.config.run.num_steps or (every > 0 and step % every == 0)
 
-    def timings(self, num_trained: int) -> dict[str, float]:
+    def timings(self, num_trained: int, num_sequences: int) -> dict[str, float]:
         """Of the step that ends now. Engines are idle when they draw neither for training nor for an evaluation."""
         seconds = self.clock.lap()
         generating, training = seconds.get("generate", 0.0), seconds["train"]
         metrics = {f"time/{activity}_s": value for activity, value in seconds.items()}
         metrics["time/engines_idle_s"] = seconds["step"] - generating - seconds.get("eval", 0.0)
         metrics["throughput/train_tokens_per_s"] = num_trained / training
+        metrics |= self.gauges.read(num_trained, num_sequences, training)
         if generating:
             num_generated = self.rollouts.num_tokens - self._num_tokens_before
             metrics["throughput/generate_tokens_per_s"] = num_generated / generating

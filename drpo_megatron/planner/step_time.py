@@ -56,7 +56,7 @@ def step_time(
     if config.trainer.optimizer.overlap_grad_reduce:
         reduce_s = max(0.0, reduce_s - _BACKWARD_SHARE * compute_s / work.num_micro_batches)
     train_s = (compute_s + inside_s) / (1 - bubble_share) + reduce_s
-    useful = model_flops(model, work) * work.num_tokens
+    useful = model_flops(model, work.mean_tokens) * work.num_tokens
     return StepTime(
         rollout_s=rollout_s,
         compute_s=compute_s,
@@ -68,15 +68,18 @@ def step_time(
     )
 
 
-def model_flops(model: Model, work: Work) -> float:
-    """Of a token, forward and backward: 6 a parameter that it meets (the embedding is a look-up), and attention."""
+def model_flops(model: Model, mean_tokens: float) -> float:
+    """Of a token, forward and backward: 6 a parameter that it meets (the embedding is a look-up), and attention.
+
+    `mean_tokens` is the length of its sequence.
+    """
     met = model.num_active_parameters - (0 if model.tied_head else model.vocab_size * model.hidden)
-    return 6 * met + 3 * sum(model.caches_keys) * _attention_flops(model, work)
+    return 6 * met + 3 * sum(model.caches_keys) * _attention_flops(model, mean_tokens)
 
 
-def _attention_flops(model: Model, work: Work) -> float:
+def _attention_flops(model: Model, mean_tokens: float) -> float:
     """Forward, of a token in one layer: two matmuls with the half of its sequence that lies before it."""
-    return 2 * work.mean_tokens * model.query
+    return 2 * mean_tokens * model.query
 
 
 def _micro_batch_flops(model: Model, config: Config, work: Work, stage: int) -> float:
@@ -87,7 +90,7 @@ def _micro_batch_flops(model: Model, config: Config, work: Work, stage: int) -> 
     for index in layers_of_stage(parallel, len(model.layers), stage):
         layer = model.layers[index]
         forward += 2 * (layer.total - layer.expert * (1 - share))
-        forward += _attention_flops(model, work) * model.caches_keys[index]
+        forward += _attention_flops(model, work.mean_tokens) * model.caches_keys[index]
     a_token = forward * (4 if config.model.recompute == "full" else 3)
     if stage == parallel.pipeline - 1:
         a_token += 6 * model.vocab_size * model.hidden

@@ -26,7 +26,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("finished")
     objective = {"name": "dppo", "divergence": "topk_kl", "delta": 0.05, "num_topk": 4, "kl_ref": {"coef": 0.05}}
     rollout = {"max_response_tokens": 6, "dump": True}
-    command.prepare(directory, objective=objective, trainer={"loss_low_memory": True}, rollout=rollout)
+    profile = {"profile": {"first_step": 2, "num_steps": 2}}
+    trainer = {"loss_low_memory": True}
+    command.prepare(directory, objective=objective, trainer=trainer, rollout=rollout, metrics=profile)
     code, output = command.run(directory, "train", "run.yaml")
     assert code == 0, output
     return directory
@@ -47,6 +49,31 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     assert (run / "training.png").is_file()
     assert sorted(log.name for log in (run / "logs").iterdir()) == ["engine-0.log", "rewards.log", "trainer-rank0.log"]
     assert rows[0]["warmup/loss/last"] < rows[0]["warmup/loss/first"]
+
+
+def test_a_step_says_what_it_took_of_the_machine(finished: Path) -> None:
+    weights = load_file(finished / "model" / "model.safetensors")
+    experts = sum(tensor.numel() for name, tensor in weights.items() if ".experts." in name)
+    others = sum(tensor.numel() for name, tensor in weights.items() if ".experts." not in name and "embed" not in name)
+    met = others + experts / 2  # 2 of 4 experts; the embedding is a look-up.
+    for row in command.metrics(finished / "run")[1:]:
+        seconds = row["time/train_s"]
+        num_tokens = row["throughput/train_tokens_per_s"] * seconds
+        # 16 sequences, 2 layers of 4 heads of 16; attention of a token: 2 matmuls with half of its sequence, 3 passes.
+        attention = 3 * 2 * 2 * 2 * (num_tokens / 16 / 2) * 4 * 16
+        flops = row["throughput/train_tflops_per_s_per_rank"] * 1e12 * seconds
+        assert flops == pytest.approx((6 * met + attention) * num_tokens)
+        assert "throughput/mfu" not in row  # A CPU has no peak in the table.
+        assert 50 < row["memory/trainer_mb/rank0"] == row["memory/trainer_mb/max"] < 10_000
+
+
+def test_the_profile_holds_the_training_of_the_steps_asked_for(finished: Path) -> None:
+    [file] = (finished / "run" / "profile").iterdir()
+    assert file.name == "trainer-rank0-step2-3.json"
+    events = json.loads(file.read_text())["traceEvents"]
+    # An optimiser step is one call of Adam's on each of its buffers: 2 optimiser steps a step, 2 steps.
+    assert sum(event["name"].startswith("Optimizer.step#") for event in events if "name" in event) >= 4
+    assert any(event.get("name") == "aten::mm" for event in events)
 
 
 def test_the_engine_draws_with_the_trainers_weights(finished: Path) -> None:
@@ -73,6 +100,27 @@ def test_transformers_loads_the_trained_model(finished: Path) -> None:
         assert (trained(tokens).logits - before(tokens).logits).abs().max() > 1e-3
 
 
+def test_a_checkpoint_of_the_run_converts_to_what_the_run_exported(finished: Path, tmp_path: Path) -> None:
+    assert main(["convert", "megatron-to-hf", "--megatron", str(finished / "run"), "--out", str(tmp_path / "hf")]) == 0
+    converted, exported = (load_file(path / "hf" / "model.safetensors") for path in (tmp_path, finished / "run"))
+    assert converted.keys() == exported.keys()
+    assert all(torch.equal(converted[name], exported[name]) for name in exported)
+
+
+@pytest.mark.slow
+def test_a_run_starts_where_another_one_ended(finished: Path, tmp_path: Path) -> None:
+    start = finished / "run" / "checkpoints" / "step_000004" / "trainer"
+    command.prepare(tmp_path, model={"megatron_path": str(start)}, run={"run_dir": "run", "num_steps": 1})
+    raw = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw | {"warmup": None}))
+    code, output = command.run(tmp_path, "train", "run.yaml")
+    assert code == 0, output
+    before, after = command.metrics(tmp_path / "run")
+    # The engine has the same weights from the first rollout on, and scores what the other run scored at its end.
+    assert before["eval/accuracy"] == command.metrics(finished / "run")[4]["eval/accuracy"]
+    assert after["mismatch/abs_prob_shift/max"] < 1e-4
+
+
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_by_bit(finished: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(finished, tmp_path / "resumed")
     shutil.rmtree(directory / "run" / "checkpoints" / "step_000004")
@@ -82,7 +130,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_by_bit(finished: Path, t
     expected, resumed = command.metrics(finished / "run"), command.metrics(directory / "run")
     assert [row["step"] for row in resumed] == [0, 1, 2, 3, 4]
     for row, other in zip(expected, resumed, strict=True):
-        timeless = {name for name in row if not name.startswith(("time/", "throughput/"))}
+        timeless = {name for name in row if not name.startswith(("time/", "throughput/", "memory/"))}
         assert {name: row[name] for name in timeless} == {name: other[name] for name in timeless}
     assert_equal_weights(finished / "run", directory / "run")
 
@@ -103,7 +151,7 @@ def test_training_from_the_dump_repeats_the_run_bit_by_bit(finished: Path, tmp_p
     expected, replayed = command.metrics(finished / "run"), command.metrics(directory / "again")
     assert replayed[0]["warmup/loss/last"] == expected[0]["warmup/loss/last"]
     for row, other in zip(expected[1:], replayed[1:], strict=True):
-        from_engines = ("time/", "throughput/", "eval/", "reward/failures", "rollout/num_dropped")
+        from_engines = ("time/", "throughput/", "memory/", "eval/", "reward/failures", "rollout/num_dropped")
         numbers = {name: value for name, value in row.items() if not name.startswith(from_engines)}
         assert len(numbers) > 40
         assert {name: other[name] for name in numbers} == numbers

@@ -69,7 +69,7 @@ def test_flops_of_a_token_are_6_a_parameter_it_meets_and_attention() -> None:
     met = model.num_active_parameters - 151936 * 2048
     # Two matmuls, 2 FLOPs each, with half of a mean sequence; backward is twice forward.
     attention = 48 * 3 * 2 * 2 * (work.mean_tokens / 2) * 4096
-    assert model_flops(model, work) == pytest.approx(6 * met + attention)
+    assert model_flops(model, work.mean_tokens) == pytest.approx(6 * met + attention)
 
 
 def test_a_bubble_shrinks_with_virtual_stages() -> None:
