@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from drpo_megatron.config import Config
 from drpo_megatron.config.sections import SGLangEngineSection
@@ -129,9 +130,20 @@ def _start(config: Config, numbers: Numbers, logs: Path, say: Callable[[str], No
     engines_on_gpu = on_gpu and not num_servers and spare_gpus >= num_engines
     supervisor = Supervisor()
 
-    def launch(actor_class: type, name: str, log: str, environment: dict[str, str], num_gpus: int = 0) -> Process:
+    def launch(
+        actor_class: type,
+        name: str,
+        log: str,
+        environment: dict[str, str],
+        num_gpus: int = 0,
+        machine: str | None = None,
+    ) -> Process:
         actor = ray.remote(actor_class).options(
-            num_cpus=1, num_gpus=num_gpus, max_restarts=0, runtime_env={"env_vars": environment}
+            num_cpus=1,
+            num_gpus=num_gpus,
+            max_restarts=0,
+            runtime_env={"env_vars": environment},
+            scheduling_strategy=NodeAffinitySchedulingStrategy(machine, soft=False) if machine else "SPREAD",
         )
         process = Process(name, actor.remote(os.getcwd()), (logs / f"{log}.log").absolute())
         supervisor.processes.append(process)
@@ -139,9 +151,11 @@ def _start(config: Config, numbers: Numbers, logs: Path, say: Callable[[str], No
 
     rank_environment = _rank_environment(config, on_gpu)
     ranks = [
-        launch(TrainerRank, f"trainer rank {r}", f"trainer-rank{r}", rank_environment, int(on_gpu))
-        for r in range(num_ranks)
+        launch(TrainerRank, f"trainer rank {r}", f"trainer-rank{r}", rank_environment, int(on_gpu), machine)
+        for r, machine in enumerate(_machines_of_ranks(num_ranks, on_gpu))
     ]
+    if on_gpu:  # Only then may engines have GPUs: of what the ranks left.
+        supervisor.wait([(p, p.actor.place.remote()) for p in ranks], timeout_s)
     engine_environment = _environment(config.rollout.engine.num_threads)
     engines = [
         launch(EngineActor, f"engine {i}", f"engine-{i}", engine_environment, int(engines_on_gpu))
@@ -182,8 +196,19 @@ def _start_ranks(config: Config, ranks: list[Process], supervisor: Supervisor) -
     return [(p, p.actor.start.remote(config, r, host, port)) for r, p in enumerate(ranks)]
 
 
+def _machines_of_ranks(num_ranks: int, on_gpu: bool) -> list[str]:
+    """Ray's name of the machine of each rank. On GPUs they fill one machine after the other, so that whole machines are
+    left for engines of several GPUs; on CPUs every machine gets the same share.
+    """
+    machines = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeName"])
+    if not on_gpu:
+        return [machines[r * len(machines) // num_ranks]["NodeID"] for r in range(num_ranks)]
+    slots = [node["NodeID"] for node in machines for _ in range(int(node["Resources"].get("GPU", 0)))]
+    return slots[:num_ranks]
+
+
 def _number_by_machine(ranks: list[Process]) -> None:
-    """Give neighbouring ranks (tensor and expert parallel groups) to the same machine: Ray places actors anyhow."""
+    """Neighbouring ranks (tensor and expert parallel groups) by machine and GPU: Ray hands out GPUs anyhow."""
     placed = sorted(((p.actor, p.place) for p in ranks), key=lambda item: (item[1].address, item[1].gpus))
     for process, (actor, place) in zip(ranks, placed, strict=True):
         process.actor, process.place = actor, place

@@ -30,8 +30,9 @@ from drpo_megatron.config import Config, load_config, load_resolved, save_config
 from drpo_megatron.rollout.dump import identity, rollout_file, write_rollout
 from drpo_megatron.types import RolloutGroup
 
-CHANGEABLE = ("run.num_steps", "metrics", "eval", "checkpoint", "cluster")
-"""What may change at a resume: everything else would make it another run."""
+CHANGEABLE = ("run.num_steps", "metrics", "eval", "checkpoint", "cluster", "parallel", "rollout.engine.num_engines")
+"""What may change at a resume: everything else would make it another run. In another layout, or with another number of
+engines, a run continues to rounding and not bit by bit."""
 
 _DRIVER_FILE = "driver.json"
 _TEMPORARY = ".writing-"
