@@ -41,7 +41,7 @@ def check_config(config: Config) -> list[str]:
         problems.append(str(error))
     else:
         problems += [*_tokenizer_problems(config), *_model_problems(config.parallel, model)]
-        problems += [*_context_problems(config, model), *_megatron_path_problems(config, model)]
+        problems += [*_context_problems(config, model), *_weights_problems(config, model)]
         problems += [*_routing_problems(config, model), *sglang_problems(config, model)]
     if problems:
         raise ValueError(listed("this configuration can't run", problems))
@@ -93,7 +93,13 @@ def _tokenizer_problems(config: Config) -> Iterator[str]:
         )
 
 
-def _megatron_path_problems(config: Config, model: HFModelConfig) -> Iterator[str]:
+def _weights_problems(config: Config, model: HFModelConfig) -> Iterator[str]:
+    if model.quantization is not None:
+        yield (
+            f"model.hf_path: {config.model.hf_path} is quantised ({model.quantization}), and training starts from weights "
+            "that aren't; take the checkpoint that it came from, or dequantise it with drpo-megatron convert "
+            "hf-to-megatron and megatron-to-hf"
+        )
     if config.model.megatron_path is None:
         return
     directory = Path(config.model.megatron_path)

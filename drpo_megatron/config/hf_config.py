@@ -39,6 +39,8 @@ class HFModelConfig:
     """None: there is no shared expert."""
     linear_num_key_heads: int | None = None
     """Of a gated delta net. None: every layer is attention."""
+    quantization: str | None = None
+    """Method that the weights are quantised with, such as fp8. None: they aren't."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ def read_hf_config(directory: str | os.PathLike[str]) -> HFModelConfig:
             f"{file}: model_type={model_type!r} is not supported; the supported ones are {', '.join(KNOWN_MODEL_TYPES)}"
         )
 
+    quantization = fields.get("quantization_config") or {}
     fields = fields.get("text_config", fields)  # Of a model that also sees, the part that reads and writes.
 
     def number(*names: str) -> int:
@@ -107,6 +110,7 @@ def read_hf_config(directory: str | os.PathLike[str]) -> HFModelConfig:
         intermediate_size=number("intermediate_size") if has_dense_layers else None,
         shared_expert_intermediate_size=number("shared_expert_intermediate_size") if is_hybrid else None,
         linear_num_key_heads=number("linear_num_key_heads") if is_hybrid else None,
+        quantization=str(quantization.get("quant_method")) if quantization else None,
     )
 
 

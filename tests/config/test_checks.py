@@ -274,6 +274,23 @@ def test_a_missing_checkpoint_or_tokenizer_is_named(directory: Path) -> None:
     assert the_problem().startswith("model.hf_path: model has no tokenizer")
 
 
+def test_what_is_no_checkpoint_of_this_model_is_named(directory: Path) -> None:
+    checkpoint = directory / "megatron"
+    (checkpoint / "hf").mkdir(parents=True)
+    missing = the_problem(model={"hf_path": "model", "megatron_path": "megatron"})
+    assert "megatron is no Megatron checkpoint (metadata.json, .metadata, common.pt is missing)" in missing
+    for name in ("metadata.json", ".metadata", "common.pt"):
+        (checkpoint / name).touch()
+    (checkpoint / "hf" / "config.json").write_text(json.dumps(MOE | {"num_experts": 8}))
+    other = the_problem(model={"hf_path": "model", "megatron_path": "megatron"})
+    assert "megatron is of another model than model.hf_path=model" in other
+
+
+def test_quantised_weights_are_no_start(directory: Path) -> None:
+    (directory / "model" / "config.json").write_text(json.dumps(MOE | {"quantization_config": {"quant_method": "fp8"}}))
+    assert the_problem().startswith("model.hf_path: model is quantised (fp8), and training starts from weights that ar")
+
+
 def test_all_problems_are_listed_at_once(directory: Path) -> None:
     found = problems(
         parallel={"num_ranks": 2, "tensor": 2},

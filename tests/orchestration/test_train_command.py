@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from drpo_megatron.cli import main
 from drpo_megatron.config import load_config
 from drpo_megatron.orchestration.run import read_inputs
 from tests.orchestration import command
