@@ -18,23 +18,6 @@ NUM_STEPS = 20
 TIMEOUT_S = 1200.0
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe for two ranks that don't agree without each other: tensor parallel over two nodes."""
-    path = tmp_path_factory.mktemp("jobs")
-    parallel = {"num_ranks": 2, "tensor": 2, "sequence": True, "expert": 2}
-    command.prepare(path, run={"num_steps": NUM_STEPS}, parallel=parallel, checkpoint={"every": 4})
-    return path
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(directory: Path) -> list[dict[str, Any]]:
-    """What every step of the same run reports that nobody interrupted, on this machine without Slurm."""
-    code, output = command.run(directory, "train", "run.yaml", "run.run_dir=plain")
-    assert code == 0, output
-    return numbers(directory / "plain")
-
-
 @pytest.fixture
 def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
     with Slurm(3) as cluster:
@@ -50,12 +33,16 @@ def numbers(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(timing)} for row in command.metrics(run_dir)]
 
 
+def run(directory: Path, *arguments: str) -> str:
+    """Output of the command."""
+    code, output = command.finish(command.start(directory, *arguments), directory, TIMEOUT_S)
+    assert code == 0, output
+    return output
+
+
 def submit(directory: Path, run_dir: str) -> str:
     """The job's number."""
-    code, output = command.run(
-        directory, "slurm", "submit", "run.yaml", f"run.run_dir={run_dir}", "--nodes", "2", "--assume-shared"
-    )
-    assert code == 0, output
+    output = run(directory, "slurm", "submit", "run.yaml", f"run.run_dir={run_dir}", "--nodes", "2", "--assume-shared")
     match = re.search(r"job (\d+) submitted", output)
     assert match is not None, output
     return match[1]
@@ -84,10 +71,13 @@ def text(run_dir: Path, job: str) -> str:
 
 
 def test_a_job_survives_a_warning_and_the_death_of_a_node_and_ends_as_if_nothing_had_been(
-    slurm: Slurm, directory: Path, uninterrupted: list[dict[str, Any]]
+    slurm: Slurm, tmp_path: Path
 ) -> None:
-    run_dir = directory / "job"
-    job = submit(directory, "job")
+    # Two ranks that do nothing without each other: tensor parallel over two nodes.
+    parallel = {"num_ranks": 2, "tensor": 2, "sequence": True, "expert": 2}
+    command.prepare(tmp_path, run={"num_steps": NUM_STEPS}, parallel=parallel, checkpoint={"every": 4})
+    run_dir = tmp_path / "job"
+    job = submit(tmp_path, "job")
 
     wait_for_step(slurm, job, run_dir, 2)
     slurm.output("scancel", "--signal=USR1", "--batch", job)
@@ -105,4 +95,6 @@ def test_a_job_survives_a_warning_and_the_death_of_a_node_and_ends_as_if_nothing
     assert "requeueing: told to stop by USR1" in output
     assert "error: machine n2 (127.0.0.3) left the Ray cluster, and with it " in output
     assert len(re.findall(r"continuing \S+ after step \d+", output)) == 2
-    assert numbers(run_dir) == uninterrupted
+
+    run(tmp_path, "train", "run.yaml", "run.run_dir=uninterrupted")  # On this machine, without Slurm.
+    assert numbers(run_dir) == numbers(tmp_path / "uninterrupted")
