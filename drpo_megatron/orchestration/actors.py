@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from drpo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
-    from drpo_megatron.rollout.sglang_server import Endpoint
+    from drpo_megatron.rollout.sglang_server import Endpoint, ServerKeeper
     from drpo_megatron.weight_sync import Bucket, PublishReport
 
 
@@ -207,6 +207,8 @@ class TrainerRank(ProcessActor):
 class ServerActor(ProcessActor):
     """Keeps one SGLang server up, on the GPUs that Ray gave it. The server ends with this process."""
 
+    keeper: ServerKeeper | None = None
+
     def start(self, config: Config, log_file: Path) -> Endpoint:
         """Returns when the server is ready. ServerFailure, with the end of its log, when it does not start."""
         from drpo_megatron.rollout.sglang_server import ServerKeeper, SGLangServer, server_dtype, server_flags
@@ -223,7 +225,8 @@ class ServerActor(ProcessActor):
 
     def is_alive(self) -> bool:
         """Raises ServerFailure when the server is down for good."""
-        self.keeper.check()
+        if self.keeper is not None:
+            self.keeper.check()
         return True
 
 

@@ -27,7 +27,7 @@ from drpo_megatron.types import FinishReason, RoutedExperts
 
 T = TypeVar("T")
 
-_CONTROL_TIMEOUT_S = 10.0
+_CONTROL_TIMEOUT_S = 30.0
 """For calls that ask for no work."""
 _KEEP_ALIVE_S = 2.0
 """Less than uvicorn's 5 s: a connection that the server is about to close must not carry a request."""

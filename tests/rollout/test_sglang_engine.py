@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 import pytest
@@ -32,12 +32,14 @@ def weights(served: Served, seed: int) -> Weights:
     return {name: x + 0.02 * torch.randn(x.shape, generator=generator) for name, x in tensors.items()}
 
 
-def publish(engine: SGLangEngine, tensors: Weights) -> int:
+def publish(engine: SGLangEngine, tensors: Weights, after_first_bucket: Callable[[], None] = lambda: None) -> int:
     """In buckets of five tensors, so that fused parameters are torn apart."""
     version = next(_version)
     named = list(tensors.items())
     for start in range(0, len(named), 5):
         engine.load_weights(named[start : start + 5])
+        if not start:
+            after_first_bucket()
     engine.finish_update(version, {name: tensor_checksum(tensor) for name, tensor in named})
     return version
 
