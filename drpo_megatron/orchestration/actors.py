@@ -269,7 +269,11 @@ class EngineActor(ProcessActor):
         yield from self.engine.stream(requests, params)
 
     def round_activations(self, is_on: bool) -> None:
-        self.engine.round_activations(is_on)
+        """Of the embedded engine, which emulates low precision. An SGLang server is launched in its precision."""
+        from drpo_megatron.rollout.transformers_engine import TransformersEngine
+
+        if isinstance(self.engine, TransformersEngine):
+            self.engine.round_activations(is_on)
 
     def load_weights(self, bucket: Bucket) -> None:
         self.engine.load_weights(bucket)
