@@ -29,6 +29,7 @@ from drpo_megatron.commands import (
     rollout,
     slurm,
     study,
+    top,
 )
 
 if TYPE_CHECKING:
@@ -90,13 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--help-config", action="store_true", help="explain every key of the YAML file")
     train.set_defaults(run=_train)
 
+    convert.add(commands, style)
     doctor.add(commands, style)
     eval.add(commands, style)
-    convert.add(commands, style)
     plan.add(commands, style)
     rollout.add(commands, style)
     slurm.add(commands, style)
     study.add(commands, style)
+    top.add(commands, style)
     return parser
 
 
