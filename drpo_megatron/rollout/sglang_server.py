@@ -105,7 +105,8 @@ class SGLangServer:
     """The process. All methods belong to the thread that calls `start`: when that thread ends, the kernel ends it."""
 
     def __init__(self, flags: Sequence[str], python: str, device: str, log_file: Path, host: str = "127.0.0.1") -> None:
-        self.endpoint = Endpoint(f"http://{host}:{free_port(host)}", secrets.token_hex(24))  # urlsafe ones may begin with a dash, like a flag.
+        # Hexadecimal: a key that began with a dash would be taken for a flag.
+        self.endpoint = Endpoint(f"http://{host}:{free_port(host)}", secrets.token_hex(24))
         self.flags, self.python, self.device, self.log_file, self.host = flags, python, device, log_file, host
         self.process: subprocess.Popen[bytes] | None = None
 
