@@ -76,7 +76,7 @@ def alone(rank: int, world_size: int, root: Path) -> dict[str, Any]:
 
     activate("cpu")
     samples = traced_samples()
-    found = {
+    found: dict[str, Any] = {
         "replayed": one_step(root / "moe", samples, "rollout", {}, {}),
         "recomputed": one_step(root / "moe", samples, "rollout", {}, FULL),
         "measured": one_step(root / "moe", samples, "measure", {}, {}),
