@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from drpo_megatron.cli import main
 from drpo_megatron.config import Config, load_config
-from drpo_megatron.config.checks import layout_problems
+from drpo_megatron.config.checks import check_config, layout_problems
 from drpo_megatron.config.hf_config import read_hf_config
 from drpo_megatron.planner.built import built_stages, differences
 from drpo_megatron.planner.model import read_model
 from drpo_megatron.planner.plan import make_plan
+from drpo_megatron.precision.checks import check_precision
+from drpo_megatron.precision.recipes import Hardware
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in (ROOT / "examples").glob("*.yaml") if path.stem != "quickstart")
 GPU = 80 * 2**30
+H100 = Hardware(capability=(9, 0), cuda=(13, 0), transformer_engine=(2, 10))
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +76,37 @@ def test_the_baselines_of_a_recipe_are_the_papers(path: Path) -> None:
     assert dppo.delta == (0.6 if path.stem.endswith("fp8_e2e") else 0.15)
     assert pg.name == "pg"
     assert fits(load_config(path, baselines(path)[:1]))  # No objective changes what a rank holds.
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_nothing_speaks_against_a_recipe_or_its_baselines_but_delta(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_config(path)
+    hf_path = tmp_path / recipe.model.hf_path
+    shutil.copytree(ROOT / recipe.model.hf_path, hf_path)
+    files = (hf_path / "tokenizer.json", tmp_path / recipe.data.train, tmp_path / recipe.data.heldout)
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("{}")
+    interpreter = tmp_path / recipe.rollout.engine.python
+    interpreter.parent.mkdir(parents=True)
+    interpreter.symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    hf_config = json.loads((hf_path / "config.json").read_text())
+    for overrides in ([], *([text] for text in baselines(path))):
+        config = load_config(path, overrides)
+        warnings = check_config(config)
+        assert [text.split("=")[0] for text in warnings] == ([] if overrides else ["objective.delta"])
+        notes = check_precision(config, hf_config, H100)
+        assert not any("EMULATED" in note for note in notes)
+
+
+def test_a_dry_run_says_what_a_recipe_still_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    lacking = ["data.train=nowhere/train.jsonl", "data.heldout=nowhere/heldout.jsonl"]
+    assert main(["train", str(RECIPES[0]), "--dry-run", *lacking]) == 2
+    text = capsys.readouterr().err
+    assert "data.train: nowhere/train.jsonl" in text and "data.heldout: nowhere/heldout.jsonl" in text
 
 
 def test_the_precision_of_the_three_30b_recipes_is_their_names() -> None:
