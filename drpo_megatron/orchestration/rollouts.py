@@ -12,6 +12,7 @@ A group goes to the rewards as soon as its last completion is there, while other
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +111,7 @@ class Rollouts:
 
     # --- from a prompt to a group in the buffer ---------------------------------------------------------------------
 
-    def _wait(self, is_enough: Any) -> None:
+    def _wait(self, is_enough: Callable[[], bool]) -> None:
         self.engines.supervisor.wait_until(lambda: is_enough() or not self._in_flight)
 
     def _draw(self, count: int, step: int) -> None:
