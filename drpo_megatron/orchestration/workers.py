@@ -90,7 +90,9 @@ class Supervisor:
     def _serve(self, pending: dict[Any, Process], is_done: Callable[[], bool], timeout_s: float | None = None) -> None:
         deadline = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
         while not is_done():
-            done, _ = ray.wait([*pending, *self._background], timeout=_POLL_S)
+            waiting = [*pending, *self._background]
+            assert waiting, "every answer came, and yet something is awaited"
+            done, _ = ray.wait(waiting, timeout=_POLL_S)
             failures = self._take(done, pending) if done else self._failed_meanwhile(pending)
             if failures:
                 raise self._blame(failures, pending)
