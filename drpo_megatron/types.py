@@ -82,13 +82,15 @@ class Completion:
     text: str
     """Decoded token_ids without special tokens; what the reward reads."""
     policy_version: int
-    """The weights that drew it (count of optimiser steps' publications; 0 = the initial weights)."""
+    """The weights that drew it (count of optimiser steps' publications; 0 = the initial weights); the oldest of several."""
     topk_ids: tuple[tuple[int, ...], ...] | None = None
     """The K most probable tokens at every position, most probable first. None: not asked for."""
     topk_logprobs: tuple[tuple[float, ...], ...] | None = None
     """log mu of topk_ids."""
     routed_experts: RoutedExperts | None = None
     """Of prompt and response. None: not asked for."""
+    version_spans: tuple[tuple[int, int], ...] = ()
+    """(policy version, number of tokens that it drew), in order, where weights changed on the way. Empty: one drew all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,8 @@ from drpo_megatron.orchestration.workers import (
 )
 from drpo_megatron.precision.recipes import environment as precision_environment
 
+_CALLS_AT_ONCE = 16
+"""Of the engine in front of SGLang servers: rollouts of several steps, new weights in between, pings."""
 _OBJECT_STORE_BYTES = 512 * 2**20
 """Of our own Ray: holds a weight bucket, a rollout and little else; more than that spills to the disk."""
 
@@ -137,11 +139,13 @@ def _start(config: Config, numbers: Numbers, logs: Path, say: Callable[[str], No
         environment: dict[str, str],
         num_gpus: int = 0,
         machine: str | None = None,
+        num_threads: int = 1,
     ) -> Process:
         actor = ray.remote(actor_class).options(
             num_cpus=1,
             num_gpus=num_gpus,
             max_restarts=0,
+            max_concurrency=num_threads,
             runtime_env={"env_vars": environment},
             scheduling_strategy=NodeAffinitySchedulingStrategy(machine, soft=False) if machine else "SPREAD",
         )
@@ -157,8 +161,16 @@ def _start(config: Config, numbers: Numbers, logs: Path, say: Callable[[str], No
     if on_gpu:  # Only then may engines have GPUs: of what the ranks left.
         supervisor.wait([(p, p.actor.place.remote()) for p in ranks], timeout_s)
     engine_environment = _environment(config.rollout.engine.num_threads)
+    calls_at_once = _CALLS_AT_ONCE if isinstance(config.rollout.engine, SGLangEngineSection) else 1
     engines = [
-        launch(EngineActor, f"engine {i}", f"engine-{i}", engine_environment, int(engines_on_gpu))
+        launch(
+            EngineActor,
+            f"engine {i}",
+            f"engine-{i}",
+            engine_environment,
+            int(engines_on_gpu),
+            num_threads=calls_at_once,
+        )
         for i in range(num_engines)
     ]
     rewards = [launch(RewardActor, "rewards", "rewards", _environment(1)) for _ in range(num_rewards)]

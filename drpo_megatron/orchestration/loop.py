@@ -21,7 +21,8 @@ to the engines. With rollout.max_staleness=0 nothing is drawn ahead, so nothing 
 for the next k steps while the ranks train, and a sample is trained on at most k versions after it was drawn.
 
 All draws of the embedded engine come from (seed, step, prompt), it keeps no state of its own, and takes weights only
-between rollouts. So a resumed run continues bit by bit, whatever the staleness.
+between rollouts. So a resumed run continues bit by bit, whatever the staleness. SGLang takes weights at any time: a
+sequence then has tokens of several versions, each with the mu of the one that drew it.
 """
 
 from __future__ import annotations
@@ -159,11 +160,13 @@ class Loop:
     def publish(self) -> None:
         """The ranks' weights to the engines. Returns when every engine has verified and published them.
 
-        What is being drawn is drawn to its end before: one rollout, one version.
+        The embedded engine takes weights between rollouts, so what is being drawn is drawn to its end before. Rollouts
+        of SGLang go on across the change.
         """
         if not len(self.workers.engines):
             return
-        self.rollouts.settle()
+        if self.config.rollout.engine.name == "transformers":
+            self.rollouts.settle()
         with self.clock.phase("sync"):
             quantized = self.config.precision.rolls_out_quantized and not self.early_warning.has_fallen_back
             if self.early_warning.has_fallen_back:

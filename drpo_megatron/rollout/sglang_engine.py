@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, groupby
 from pathlib import Path
@@ -31,6 +32,8 @@ class SGLangEngine:
     The weights published last are kept in this process: when every server has been lost, those that come back get them
     and the requests go on. SGLang's sampler takes no seed that has an effect, so `GenerationRequest.seed` is not used:
     draws differ from run to run.
+
+    Threads: one may draw while another brings new weights. Requests that run then go on with the new ones.
     """
 
     def __init__(
@@ -52,6 +55,9 @@ class SGLangEngine:
         self._buckets: list[Bucket] = []
         """The published weights, or those of an update that is not finished."""
         self._is_published = False
+        self._update = threading.Lock()
+        """Held from the first bucket of an update to its end, which are calls of their own."""
+        self._is_updating = False
 
     async def _connect(
         self, endpoints: Sequence[Endpoint], section: SGLangEngineSection, routing: ExpertRouting | None
@@ -93,9 +99,11 @@ class SGLangEngine:
                     yield drawn
             except NoServerLeft:
                 num_losses += 1
-                if not self._is_published or num_losses > self.section.max_restarts:
-                    raise
-                self._publish_again()
+                with self._update:
+                    if not self._is_published or num_losses > self.section.max_restarts:
+                        raise
+                    if not self.router.num_serving:
+                        self._publish_again()
 
     def _stream_once(
         self, missing: dict[int, GenerationRequest], params: SamplingParams
@@ -129,6 +137,7 @@ class SGLangEngine:
             finish_reason="stop" if stopped else drawn.finish_reason,
             text=self.tokenizer.decode(drawn.token_ids, skip_special_tokens=True),
             policy_version=min((version for version, _ in versions), default=self.policy_version),
+            version_spans=versions if len(versions) > 1 else (),
             topk_ids=drawn.topk_ids,
             topk_logprobs=drawn.topk_logprobs,
             routed_experts=drawn.routed_experts,
@@ -137,32 +146,51 @@ class SGLangEngine:
     # --- weights ------------------------------------------------------------------------------------------------------
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Send one bucket to all servers. From the first one on nothing is drawn until `finish_update`.
+        """Send one bucket to all servers. From the first one on nothing is drawn until the end of `finish_update`.
 
         Raises: SyncFailed when it reaches none, or the disk is full; BroadcastFailed as often as `max_attempts`.
         """
-        if self._is_published or not self.sender.is_open:
-            self.router.withdraw()
-            self._buckets, self._is_published = [], False
+        if not self._is_updating:
+            self._begin_update()
         bucket = list(named_tensors)
         self._buckets.append(bucket)
-        self._send([bucket])
+        try:
+            self._send([bucket])
+        except BaseException:
+            self._end_update()
+            raise
 
     def finish_update(self, policy_version: int, expected_checksums: dict[str, str]) -> None:
         """Publish on every server that holds exactly what the trainer exported; ValueError or SyncFailed if none does."""
+        if not self._is_updating:
+            raise ValueError(f"weights of policy version {policy_version} can't be published: none were sent")
+        try:
+            self._check_received(policy_version, expected_checksums)
+            digest = hashlib.sha256(repr(sorted(expected_checksums.items())).encode()).hexdigest()[:12]
+            self._publish(policy_version, f"{policy_version}-{digest}")
+        finally:
+            self._end_update()
+
+    def _begin_update(self) -> None:
+        self._update.acquire()
+        self._is_updating = True
+        self._loop.run(self.router.withdraw(is_updating=True))
+        self._buckets, self._is_published = [], False
+
+    def _end_update(self) -> None:
+        if not self._is_published:
+            self._loop.run(self.router.withdraw(is_updating=False))
+        self._is_updating = False
+        self._update.release()
+
+    def _check_received(self, policy_version: int, expected: dict[str, str]) -> None:
         received = {name: tensor_checksum(tensor) for bucket in self._buckets for name, tensor in bucket}
-        wrong = [
-            name
-            for name in sorted(received.keys() | expected_checksums.keys())
-            if received.get(name) != expected_checksums.get(name)
-        ]
-        if wrong:
+        names = sorted(received.keys() | expected.keys())
+        if wrong := [name for name in names if received.get(name) != expected.get(name)]:
             raise ValueError(
                 f"weights of policy version {policy_version} did not arrive as the trainer sent them: "
                 f"{', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}"
             )
-        digest = hashlib.sha256(repr(sorted(expected_checksums.items())).encode()).hexdigest()[:12]
-        self._publish(policy_version, f"{policy_version}-{digest}")
 
     def _send(self, buckets: Sequence[Bucket]) -> None:
         """A broadcast that breaks off begins anew, without the servers that don't answer any more."""
@@ -178,9 +206,10 @@ class SGLangEngine:
                 buckets = self._buckets
 
     def _publish(self, policy_version: int, label: str) -> None:
+        self.router.expect(label, policy_version)
         clients = self.sender.finish(label)
         self.policy_version, self._label, self._is_published = policy_version, label, True
-        self.router.publish(label, policy_version, clients)
+        self._loop.run(self.router.publish(label, policy_version, clients))
 
     def _publish_again(self) -> None:
         """To whichever servers answer, once the first does."""

@@ -7,6 +7,9 @@
 A request has one attempt at a time, and one answer: a retry begins when the attempt before it has failed and was
 aborted. A server takes part while it holds published weights, which `publish` says of it. One that is lost, or answers
 with weights that were not published, takes no further part until the next `publish`.
+
+Weights may change while requests run: these go on with the new ones, and say which tokens are whose. Requests that have
+no server yet wait for the end of the update.
 """
 
 from __future__ import annotations
@@ -44,22 +47,32 @@ class SGLangRouter:
         self._changed = asyncio.Condition()
         self._versions: dict[str, int] = {}
         self._version = -1
+        self._is_updating = False
 
     @property
     def num_serving(self) -> int:
         return sum(server.is_serving for server in self._servers)
 
-    def publish(self, label: str, policy_version: int, clients: Sequence[SGLangClient]) -> None:
+    async def publish(self, label: str, policy_version: int, clients: Sequence[SGLangClient]) -> None:
         """From now on `clients`, and only they, serve, with the weights of `label`."""
-        self._versions[label] = policy_version
+        self.expect(label, policy_version)
         self._version = policy_version
-        for server in self._servers:
-            server.is_serving = server.client in clients
+        await self._let_serve(clients, is_updating=False)
 
-    def withdraw(self) -> None:
-        """No server serves until the next `publish`."""
-        for server in self._servers:
-            server.is_serving = False
+    def expect(self, label: str, policy_version: int) -> None:
+        """Servers are about to get the weights of `label`: running requests may be answered with them from now on."""
+        self._versions[label] = policy_version
+
+    async def withdraw(self, is_updating: bool) -> None:
+        """No server gets a request until the next `publish`, for which requests wait if it is on its way."""
+        await self._let_serve((), is_updating)
+
+    async def _let_serve(self, clients: Sequence[SGLangClient], is_updating: bool) -> None:
+        async with self._changed:
+            self._is_updating = is_updating
+            for server in self._servers:
+                server.is_serving = server.client in clients
+            self._changed.notify_all()
 
     def policy_versions(self, generated: Generated) -> tuple[tuple[int, int], ...]:
         """(policy version, number of tokens) of each span."""
@@ -148,10 +161,10 @@ class SGLangRouter:
         async with self._changed:
             while True:
                 serving = [server for server in self._servers if server.is_serving]
-                if not serving:
+                if not serving and not self._is_updating:
                     raise NoServerLeft("no SGLang server holds the published weights")
-                server = min(serving, key=lambda server: server.load)
-                if server.load == 0 or server.load + count <= self.max_concurrent:
+                server = min(serving, key=lambda server: server.load, default=None)
+                if server and (server.load == 0 or server.load + count <= self.max_concurrent):
                     server.load += count
                     return server
                 await self._changed.wait()
@@ -163,7 +176,7 @@ class SGLangRouter:
 
     async def _answers(self, server: _Server) -> bool:
         try:
-            await server.client.call("/abort_request", 5.0, rid="nobody")
+            await server.client.call("/abort_request", rid="nobody")
         except (ServerLost, ServerError):
             return False
         return True

@@ -12,7 +12,11 @@ import pytest
 
 from tests.orchestration import command
 
-_LONG = {"run": {"run_dir": "run", "num_steps": 100_000}}
+# Engines draw while ranks train, so that whatever dies or is interrupted has company at work.
+_LONG = {
+    "run": {"run_dir": "run", "num_steps": 100_000},
+    "rollout": {"max_response_tokens": 6, "max_staleness": 1},
+}
 
 
 def process_id(directory: Path, log: str) -> int:
