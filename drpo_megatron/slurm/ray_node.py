@@ -19,6 +19,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ADDRESS_FILE = "ray_address"
+_LOGS = "session_latest/logs"
+"""Below Ray's temporary directory. Kept when Ray ended by itself: `ray start` says that it failed, its logs say why."""
+_AGENT_PORTS = (
+    "dashboard-agent-grpc-port",
+    "dashboard-agent-listen-port",
+    "metrics-export-port",
+    "runtime-env-agent-port",
+)
+"""Ports of Ray's helper processes. Ray would choose them itself, but then ends when a helper takes more than 15 s to start
+(github.com/ray-project/ray/issues/65983), as on a busy shared file system."""
 _PATIENT = {"RAY_raylet_start_wait_time_s": "300"}
 """Ray's own 30 s are too few where Python comes from a busy shared file system."""
 _END_S = 20.0
@@ -36,6 +46,7 @@ def run_node(job_dir: Path, node: str, *, is_head: bool, num_cpus: int, timeout_
     ended = _on_signals()
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
     command += [f"--node-name={node}", f"--node-ip-address={address_of(job_dir, node)}", f"--num-cpus={num_cpus}"]
+    command += [f"--{option}={port}" for option, port in zip(_AGENT_PORTS, _free_ports(), strict=True)]
     with _temporary_directory() as scratch:
         command.append(f"--temp-dir={scratch}")
         if is_head:
@@ -53,6 +64,8 @@ def run_node(job_dir: Path, node: str, *, is_head: bool, num_cpus: int, timeout_
             return 0 if ended() else ray.returncode
         finally:
             _end(ray)
+            if not ended() and (scratch / _LOGS).is_dir():
+                shutil.copytree(scratch / _LOGS, job_dir / f"ray-{node}", ignore_dangling_symlinks=True)
 
 
 def address_of(job_dir: Path, node: str) -> str:
@@ -89,6 +102,16 @@ def _read(file: Path, is_over: Callable[[], bool], timeout_s: float) -> str:
             raise ValueError(f"Ray's head did not start: there is no {file}")
         time.sleep(0.5)
     return text
+
+
+def _free_ports() -> list[int]:
+    sockets = [socket.socket() for _ in _AGENT_PORTS]
+    for each in sockets:
+        each.bind(("", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
 
 
 def _publish(address: str, job_dir: Path) -> None:
