@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-Kind = Literal["mean", "sum", "min", "max", "quantile", "effective_share"]
+Kind = Literal["mean", "sum", "min", "max", "quantile", "effective_share", "decibels"]
 
 NUM_BINS = 4096
 """Bins of a quantile sketch: 512 an octave-of-ten from 1e-8 to 1, so a quantile is within 0.5 % of the exact one."""
@@ -26,7 +26,8 @@ class Statistic:
     """One reducible number.
 
     `data` is FP64: [sum, count] for mean, [value] for sum, min and max, [NUM_BINS] counts for quantile,
-    [sum, sum of squares, count] for effective_share. An empty one, other than a sum, has the value NaN.
+    [sum, sum of squares, count] for effective_share, [signal, noise] for decibels. An empty one, other than a sum, has
+    the value NaN.
     """
 
     kind: Kind
@@ -73,6 +74,11 @@ class Statistic:
         count = torch.tensor(float(values.numel()), dtype=torch.float64, device=values.device)
         return Statistic("effective_share", torch.stack([values.sum(), values.square().sum(), count]))
 
+    @staticmethod
+    def decibels(signal: torch.Tensor, noise: torch.Tensor) -> Statistic:
+        """10 log10 of signal over noise, both energies. Without any noise inf."""
+        return Statistic("decibels", torch.stack([signal.detach().double(), noise.detach().double()]))
+
     def merge(self, other: Statistic) -> Statistic:
         if self.kind != other.kind:
             raise ValueError(f"cannot merge a {self.kind} with a {other.kind}")
@@ -94,6 +100,11 @@ class Statistic:
                 return float("nan")
             index = int(torch.searchsorted(self.data.cumsum(0), self.quantile * count).clamp(max=NUM_BINS - 1))
             return 0.0 if index == 0 else _LOWEST * (_HIGHEST / _LOWEST) ** (index / (NUM_BINS - 1))
+        if self.kind == "decibels":
+            signal, noise = self.data.tolist()
+            if not signal:
+                return float("nan")
+            return 10 * math.log10(signal / noise) if noise else float("inf")
         if self.kind == "effective_share":
             total, squares, count = self.data.tolist()
             return total * total / (squares * count) if squares else float("nan")

@@ -13,6 +13,7 @@ import torch
 
 from drpo_megatron.metrics import Statistic
 from drpo_megatron.objectives.base import ObjectiveInputs, ObjectiveOutputs
+from drpo_megatron.objectives.histograms import weight_histograms
 from drpo_megatron.objectives.ratio import LOG_RATIO_LIMIT, log_ratio
 
 
@@ -63,6 +64,7 @@ def policy_statistics(
     if inputs.old_logprobs is not None:
         trainer = inputs.old_logprobs
         statistics |= _distance("drift", inputs.logprobs, inputs.old_logprobs)
+    statistics |= weight_histograms(inputs, outputs)
     return statistics | _distance("mismatch", trainer, inputs.behavior_logprobs)
 
 

@@ -30,8 +30,9 @@ from drpo_megatron.precision.quantize import Format, Noise, block_amax, fake_qua
 from drpo_megatron.precision.recipes import HISTORY_LENGTH, Recipe
 
 Role = Literal["activation", "weight", "gradient"]
-Probe = Callable[["EmulatedProduct", Role, torch.Tensor], None]
-"""Is shown every operand as it is before rounding, [rows, columns]."""
+ROLES: tuple[Role, ...] = ("activation", "weight", "gradient")
+Probe = Callable[["EmulatedProduct", Role, torch.Tensor, torch.Tensor], None]
+"""Is shown every operand [rows, columns], as it is and rounded, of the products y and dx."""
 
 
 class EmulatedProduct:
@@ -97,9 +98,9 @@ class EmulatedProduct:
         format = self.format(role)
         return format == format.transposed() or not self.is_on
 
-    def show(self, role: Role, x: torch.Tensor) -> None:
+    def show(self, role: Role, x: torch.Tensor, rounded: torch.Tensor) -> None:
         if self.probe is not None:
-            self.probe(self, role, x)
+            self.probe(self, role, x, rounded)
 
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
@@ -127,29 +128,29 @@ class _Product(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, product: EmulatedProduct, goes_backward: bool
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        product.show("activation", rows)
-        product.show("weight", weight)
         # A forward pass that is recomputed in the backward pass goes backward once: both see the same scales.
         q_rows = product.rounded(rows, "activation", records=goes_backward)
         q_weight = product.rounded(weight, "weight", records=goes_backward)
+        product.show("activation", rows, q_rows)
+        product.show("weight", weight, q_weight)
         output = (q_rows @ q_weight.t()).to(x.dtype)
         ctx.product = product
         ctx.rounded = (product.is_symmetric("activation"), product.is_symmetric("weight"))
         ctx.save_for_backward(q_rows if ctx.rounded[0] else rows, q_weight if ctx.rounded[1] else weight)
         ctx.dtypes = (x.dtype, weight.dtype)
-        return output.reshape(*x.shape[:-1], -1)
+        return output.reshape(*x.shape[:-1], len(weight))  # Not -1: an expert may get no token.
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         product: EmulatedProduct = ctx.product
         rows = gradient.reshape(-1, gradient.shape[-1])
-        product.show("gradient", rows)
         q_gradient = product.rounded(rows, "gradient")
+        product.show("gradient", rows, q_gradient)
         x_gradient = weight_gradient = None
         if ctx.needs_input_grad[0]:
             q_weight = weight if ctx.rounded[1] else product.rounded(weight, "weight", transposed=True)
-            x_gradient = (q_gradient @ q_weight).to(ctx.dtypes[0]).reshape(*gradient.shape[:-1], -1)
+            x_gradient = (q_gradient @ q_weight).to(ctx.dtypes[0]).reshape(*gradient.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
             if not product.is_symmetric("gradient"):
                 q_gradient = product.rounded(rows, "gradient", transposed=True)

@@ -57,8 +57,10 @@ class Trainer:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.chunks = setup.build_model(config, self.family, self.hf_config, self.layout, self.platform)
         from drpo_megatron.trainer.low_precision import LowPrecision
+        from drpo_megatron.trainer.monitors import Monitors
 
         self.low_precision = LowPrecision.of(self.chunks, config.precision, self.precision)
+        self.monitors = Monitors(config.precision.monitor, self.chunks, self.low_precision, self.layout)
         self._load_initial_weights()
         self.routing = self._build_routing()
         self.objective = build_objective(config.objective)
@@ -99,7 +101,11 @@ class Trainer:
         shares = split_optimizer_steps(
             samples, self.config.trainer.optimizer_steps_per_rollout, seed=self.config.run.seed + self.num_rollouts
         )
-        steps = [self._optimizer_step(share, self.objective, self.config.trainer.aggregation) for share in shares]
+        aggregation, watched = self.config.trainer.aggregation, [self.num_rollouts, *[None] * (len(shares) - 1)]
+        steps = [
+            self._optimizer_step(share, self.objective, aggregation, rollout)
+            for share, rollout in zip(shares, watched, strict=True)
+        ]
         self.num_rollouts += 1
         self.policy_version += 1
         return self._report(steps)
@@ -145,7 +151,10 @@ class Trainer:
         with self.reference.in_place():
             return self._logprobs([replace(sample, routed_experts=None) for sample in samples])
 
-    def _optimizer_step(self, samples: Sequence[Sample], objective: Any, aggregation: str) -> dict[str, Statistic]:
+    def _optimizer_step(
+        self, samples: Sequence[Sample], objective: Any, aggregation: str, watched_rollout: int | None = None
+    ) -> dict[str, Statistic]:
+        """`watched_rollout`: its number, if the monitors look at this step."""
         trainer = self.config.trainer
         horizon = trainer.horizon or self.config.rollout.max_response_tokens
         weights = token_weights([len(s.response_ids) for s in samples], aggregation, horizon)
@@ -183,19 +192,26 @@ class Trainer:
             statistics["objective/num_bad_behavior"] = Statistic.sum(out.num_bad_behavior)
             return out.loss, {name: _on_cpu(statistic) for name, statistic in statistics.items()}
 
+        def backward(work: Work) -> tuple[list[Any], dict[str, Statistic]]:
+            return self._run(work, policy_loss, forward_only=False)
+
         for chunk in self.chunks:
             chunk.train()
+        observed = self.monitors.before_backward(watched_rollout, work, backward, self.optimizer)
+        for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        collected, routing_statistics = self._run(work, policy_loss, forward_only=False)
+        with self.monitors.during_backward(watched_rollout):
+            collected, routing_statistics = backward(work)
         self.low_precision.audit_once()
+        observed |= self.monitors.after_backward(watched_rollout, self.optimizer)
         with optimizer_scope():
             updated, grad_norm, _ = self.optimizer.step()
         if not updated:
             raise ValueError(f"the optimizer skipped a step: gradient norm {grad_norm} is not finite")
         lr = self.optimizer.param_groups[0]["lr"]
         self.schedule.step(increment=1)
-        statistics = self._reduce(collected) | routing_statistics
+        statistics = self._reduce(collected) | routing_statistics | observed
         statistics["objective/loss"] = Statistic.ratio(statistics["objective/loss"].value(), 1.0)
         statistics["optim/grad_norm"] = Statistic.ratio(float(grad_norm), 1.0)
         statistics["optim/lr"] = Statistic.ratio(float(lr), 1.0)
