@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ examples:
   drpo-megatron study examples/studies/fp8_objectives.yaml --workers 2
   drpo-megatron study examples/studies/fp8_objectives.yaml --workers 2 --seeds 0,1,2,3,4
   drpo-megatron study examples/studies/fp8_objectives.yaml --only objective=grpo,spo --only precision=none
+  drpo-megatron study examples/studies/fp8_objectives.yaml --slurm "--partition=gpu --gpus-per-node=8 --time=4:00:00"
   drpo-megatron study report runs/fp8_objectives          writes report.html and report.md there
 """
 
@@ -36,6 +39,13 @@ def add(commands: Any, style: dict[str, Any]) -> None:
     parser.add_argument("--seeds", type=_seeds, metavar="0,1,2", help="instead of the file's")
     parser.add_argument(
         "--only", type=_levels, action="append", default=[], metavar="AXIS=LEVEL,LEVEL", help="these cells; repeatable"
+    )
+    parser.add_argument("--starts", action="store_true", help="make only the start that the cells of a seed share")
+    parser.add_argument(
+        "--slurm",
+        type=shlex.split,
+        metavar="OPTIONS",
+        help="a Slurm job a run, with these options of sbatch, as one text",
     )
     parser.add_argument("--runs", type=Path, metavar="DIR", help="where the runs are; default runs/<name of the study>")
     parser.set_defaults(run=run)
@@ -60,11 +70,19 @@ def _study(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         study = load_study(Path(args.arguments[0]), args.runs, args.seeds, dict(args.only))
+        if args.starts:
+            study = replace(study, runs=())
         states = inspect(study)
         if args.dry_run:
             _print_plan(study, states)
             return
         save_grid(study)
+        if args.slurm is not None:
+            from drpo_megatron.study.slurm import submit
+
+            jobs = submit(study, states, args.slurm)
+            print(f"submitted: {', '.join(jobs) or 'nothing, all runs are done'}")
+            return
     except (ValueError, OSError) as error:
         raise BadInput(error) from error
     _run_all(study, states, args.workers)

@@ -20,6 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from drpo_megatron.study.claims import collapsed
+from drpo_megatron.study.figures_layers import draw_flips, draw_heat_maps
+from drpo_megatron.study.figures_tokens import draw_stopped, draw_weights
 from drpo_megatron.study.results import FINAL, MISMATCH, SHIFT, Result, Results, column_of, row_of
 
 _PANELS_A_ROW = 4
@@ -52,7 +54,7 @@ def _curves(metric: str, *, log: bool = False, share: bool = False) -> Callable[
         return _panels(results, lambda axis, row, runs: _draw_metric(axis, results, row, runs), log, share)
 
     def _draw_metric(axis: Axes, results: Results, row: str, runs: list[Result]) -> None:
-        _draw_band(axis, [_series(run, metric) for run in runs], row, _color(results, row))
+        _draw_band(axis, [_series(run, metric) for run in runs], row, results.color(row))
 
     return draw
 
@@ -98,10 +100,6 @@ def _series(run: Result, metric: str) -> dict[int, float]:
     return {row["step"]: row[metric] for row in run.rows if row.get(metric) is not None}
 
 
-def _color(results: Results, row: str) -> str:
-    return f"C{results.row_names.index(row) % 10}"
-
-
 def _weights(results: Results) -> Figure | None:
     """The range of w in each step, and its mean."""
     low, mean, high = (f"objective/weight/{name}" for name in ("min", "mean", "max"))
@@ -109,7 +107,7 @@ def _weights(results: Results) -> Figure | None:
         return None
 
     def draw(axis: Axes, row: str, runs: list[Result]) -> None:
-        color = _color(results, row)
+        color = results.color(row)
         lows, highs = (_series(runs[0], metric) for metric in (low, high))
         steps = sorted(lows.keys() & highs.keys())
         axis.fill_between(steps, [lows[s] for s in steps], [highs[s] for s in steps], color=color, alpha=0.12)
@@ -134,7 +132,7 @@ def _early_warning(results: Results) -> Figure | None:
                 recent = statistics.fmean(values[step] for step in steps[index - _WINDOW : index])
                 growth[steps[index - 1]] = recent / past if past else math.nan
             style = "--" if collapsed(run) else "-"
-            axis.plot(list(growth), list(growth.values()), style, color=_color(results, row), label=row, linewidth=1.2)
+            axis.plot(list(growth), list(growth.values()), style, color=results.color(row), label=row, linewidth=1.2)
         axis.axhline(1, color="grey", linewidth=0.8)
 
     return _panels(results, draw, log=True)
@@ -178,9 +176,9 @@ def _mismatch_against_movement(results: Results) -> Figure | None:
             mismatch, shift = MISMATCH.of(run.rows), SHIFT.of(run.rows)
             if mismatch is not None and shift is not None:
                 fill = "none" if collapsed(run) else "full"
-                axis.plot(mismatch, shift, marker, fillstyle=fill, color=_color(results, row_of(cell)))
+                axis.plot(mismatch, shift, marker, fillstyle=fill, color=results.color(row_of(cell)))
     for row in results.row_names:
-        axis.plot([], [], "o", color=_color(results, row), label=row)
+        axis.plot([], [], "o", color=results.color(row), label=row)
     for index, column in enumerate(results.column_names if len(results.column_names) > 1 else []):
         axis.plot([], [], markers[index % len(markers)], color="grey", label=column)
     axis.set(xscale="log", yscale="log", xlabel="mismatch: mean |pi_old - mu|", ylabel="all steps: mean |pi - mu|")
@@ -207,7 +205,15 @@ _PICTURES: tuple[tuple[str, str, Callable[[Results], Figure | None]], ...] = (
         _early_warning,
     ),
     ("Weights", "w of the policy gradient: mean over tokens, and the range of the first seed behind it.", _weights),
+    (
+        "Weights and tokens",
+        "w as the objective computes it, line: A > 0, dashed: A < 0; right: the tokens of all steps and cells by w.",
+        draw_weights,
+    ),
+    ("Stopped tokens", "Clipped, masked or turned round (w <= 0), by the engine's probability of them.", draw_stopped),
     ("Tokens that were corrected", "Share with w < 0.", _curves("objective/beyond_boundary_share")),
     ("Entropy", "Of the policy, nats a token.", _curves("policy/entropy/mean")),
     ("Gradient norm", "Before clipping.", _curves("optim/grad_norm", log=True)),
+    ("Quantised operands", "Means over steps and runs.", draw_heat_maps),
+    ("Router flips", "Tokens whose experts differ between low and high precision, by layer.", draw_flips),
 )

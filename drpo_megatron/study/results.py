@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,8 @@ GROUPS = (
             SHIFT,
             Measure("all steps: k3", "shift/k3", statistics.fmean, ".1e"),
             Measure("effective sample share", "shift/effective_sample_share", statistics.fmean, ".3f"),
+            Measure("gradient, cosine to high precision", "precision/gradient_cosine/all", statistics.fmean, ".4f"),
+            Measure("router flips", "precision/router_flips/mean", statistics.fmean, ".2%"),
             Measure("rollout staleness, largest", "rollout/staleness/max", max, ".0f"),
         ),
     ),
@@ -156,8 +159,14 @@ class Results:
         found = {run.seed: measure.of(run.rows) for run in self.ended(cell)}
         return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
 
+    @cached_property
+    def metrics(self) -> frozenset[str]:
+        """Names of all that any ended run measured."""
+        rows = [row for run in self.runs if run.has_ended for row in run.rows]
+        return frozenset(name for row in rows for name, value in row.items() if value is not None)
+
     def has(self, metric: str) -> bool:
-        return any(row.get(metric) is not None for run in self.runs if run.has_ended for row in run.rows)
+        return metric in self.metrics
 
     @property
     def row_names(self) -> list[str]:
@@ -168,6 +177,10 @@ class Results:
     def column_names(self) -> list[str]:
         """Combinations of the other axes' levels; one empty name if there is no other axis."""
         return list(dict.fromkeys(column_of(cell) for cell in self.cells))
+
+    def color(self, row: str) -> str:
+        """In all pictures the same."""
+        return f"C{self.row_names.index(row) % 10}"
 
     def at(self, row: str, column: str) -> Cell | None:
         return next((cell for cell in self.cells if (row_of(cell), column_of(cell)) == (row, column)), None)
@@ -192,7 +205,9 @@ def save_grid(study: Study) -> None:
         _refuse_another(before, study)
         file = file.model_copy(update={"seeds": sorted({*before.seeds, *file.seeds})})
     study.runs_dir.mkdir(parents=True, exist_ok=True)
-    (study.runs_dir / GRID_FILE).write_text(file.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    scratch = study.runs_dir / f"{GRID_FILE}.{os.getpid()}"  # Jobs of one study may do this at the same time.
+    scratch.write_text(file.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    scratch.replace(study.runs_dir / GRID_FILE)
 
 
 def _refuse_another(before: StudyFile, study: Study) -> None:

@@ -46,6 +46,12 @@ def write_run(run: Run, accuracies: list[float], state: str = "done", **record: 
             "objective/beyond_boundary_share": 0.01 * row["step"],
             "policy/entropy/mean": 0.5,
             "optim/grad_norm": 1.0,
+            "objective/weight_share/0.9_to_1.1": 0.9,
+            "objective/weight_share/below_-1": 0.1,
+            "objective/stopped_share/positive/mu_below_0.01": 0.2,
+            "precision/layer_00/qkv/activation/sqnr_db": 30.0,
+            "precision/layer_00/qkv/activation/underflow_share": 0.01,
+            "precision/layer_00/router_flips": 0.05,
         }
     (run.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if state == "done":

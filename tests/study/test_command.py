@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 
 from drpo_megatron.study.cells import read_record
 from tests.orchestration import command
+from tests.slurm.cluster import Slurm, missing, wait_until
 from tests.study.small import STUDY, write_base
 
 FILE: dict[str, Any] = STUDY | {
@@ -27,8 +29,15 @@ FILE: dict[str, Any] = STUDY | {
 }
 
 
+TIMEOUT_S = 1200.0
+
+
+def run_study(directory: Path, *arguments: str) -> tuple[int, str]:
+    return command.finish(command.start(directory, "study", *arguments), directory, TIMEOUT_S)
+
+
 def wait_for(process: Any, directory: Path, run: Path, step: int) -> None:
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + TIMEOUT_S
     while not any(row["step"] >= step for row in command.metrics(run)):
         assert process.poll() is None, (directory / "output.txt").read_text()
         assert time.monotonic() < deadline, f"{run} has no step {step}"
@@ -46,18 +55,18 @@ def test_a_study_is_killed_goes_on_repeats_nothing_and_reports(tmp_path: Path) -
     wait_for(process, tmp_path, grpo, 2)
     children = command.descendants(process)
     process.send_signal(signal.SIGINT)
-    code, output = command.finish(process, tmp_path, timeout_s=300)
+    code, output = command.finish(process, tmp_path, TIMEOUT_S)
     assert code == 130 and "interrupted; the same command goes on from here" in output
     assert command.still_running(children, within_s=60) == []
     record = read_record(grpo)
     assert record is not None and record.state == "interrupted"
     start_made = (start / "summary.json").stat().st_mtime_ns
 
-    code, output = command.run(tmp_path, "study", "study.yaml", "--dry-run")
+    code, output = run_study(tmp_path, "study.yaml", "--dry-run")
     assert code == 0 and f"{Path('runs/small/_prepare/seed-0')}  done" in output
     assert f"{Path('runs/small/grpo/seed-0')}  to be continued" in output
 
-    code, output = command.finish(command.start(tmp_path, "study", "study.yaml", "--workers", "2"), tmp_path, 900)
+    code, output = run_study(tmp_path, "study.yaml", "--workers", "2")
     assert code == 0, output
     assert "continuing grpo of seed 0" in output and "starting the start" not in output
     assert "broken of seed 0: diverged after" in output and "gradient norm" in output
@@ -70,13 +79,13 @@ def test_a_study_is_killed_goes_on_repeats_nothing_and_reports(tmp_path: Path) -
     assert [json.loads((run / "summary.json").read_text())["heldout_before"] for run in (grpo, drpo)] == [before] * 2
 
     made = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
-    code, output = command.run(tmp_path, "study", "study.yaml")
+    code, output = run_study(tmp_path, "study.yaml")
     assert code == 0 and "4 runs, 4 of them done before" in output
     assert {path: path.stat().st_mtime_ns for path in made if path.name != "study.json"} == {
         path: time_ns for path, time_ns in made.items() if path.name != "study.json"
     }
 
-    code, output = command.run(tmp_path, "study", "report", "runs/small")
+    code, output = run_study(tmp_path, "report", "runs/small")
     assert code == 0, output
     assert "Ended by a gradient that is not finite, at their last evaluation: broken seed 0." in output
     html, markdown = (runs / "report.html").read_text(), (runs / "report.md").read_text()
@@ -85,3 +94,28 @@ def test_a_study_is_killed_goes_on_repeats_nothing_and_reports(tmp_path: Path) -
     for row in (grpo, drpo):
         accuracy = json.loads((row / "summary.json").read_text())["heldout_after"]
         assert f"| {row.parent.name} | {accuracy:.1%} |" in markdown
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason=missing() or "Slurm is here")
+def test_every_run_is_a_slurm_job_after_that_of_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_base(tmp_path)
+    cells = {name: FILE["axes"]["objective"][name] for name in ("grpo", "drpo")}
+    file = FILE | {"axes": {"objective": cells}, "overrides": {"run.num_steps": 1, "checkpoint.save_hf": False}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(file, sort_keys=False))
+    runs = tmp_path / "runs" / "small"
+    with Slurm(1) as slurm:
+        for name in ("SLURM_CONF", "PATH"):
+            monkeypatch.setenv(name, slurm.environment[name])
+        code, output = run_study(tmp_path, "study.yaml", "--slurm", "--cpus-per-task=2")
+        assert code == 0, output
+        submitted = re.search(r"submitted: (\d+), (\d+)", output)
+        assert submitted is not None, output
+        wait_until(lambda: not slurm.output("squeue", "--noheader").strip(), "the end of all jobs", TIMEOUT_S)
+    outputs = {path.name: path.read_text(errors="replace") for path in (runs / "slurm").glob("*.out")}
+    starts, cell_jobs = submitted.groups()
+    assert set(outputs) == {f"{starts}_0.out", f"{cell_jobs}_0.out", f"{cell_jobs}_1.out"}, outputs
+    for cell in cells:
+        assert (runs / cell / "seed-0" / "summary.json").is_file(), outputs
+    code, output = run_study(tmp_path, "study.yaml", "--slurm", "")
+    assert code == 0 and "submitted: nothing, all runs are done" in output

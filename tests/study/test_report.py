@@ -149,7 +149,7 @@ def test_the_report_holds_everything_in_one_file(make: Callable[..., Study]) -> 
     assert [file.name for file in files] == ["report.html", "report.md"]
     assert not re.search(r"""(src|href)=["'](?!data:)""", html), "it must not need other files"
     pictures = [base64.b64decode(text) for text in re.findall(r'src="data:image/png;base64,([^"]+)"', html)]
-    assert len(pictures) >= 9 and all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert len(pictures) >= 14 and all(picture.startswith(b"\x89PNG") for picture in pictures)
     for text in (html, markdown):
         # Mean of 0.900, 0.901, 0.902, and their standard deviation.
         assert "90.1% ± 0.1%" in text
