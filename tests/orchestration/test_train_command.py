@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -168,7 +167,7 @@ def test_training_from_the_dump_repeats_the_run_bit_by_bit(finished: Path, tmp_p
         (["warmup=null"], r"warmup is '3 steps of warmup.jsonl .*' there and 'none' here"),
         (["rollout.temperature=0.5"], r"rollout.temperature is 1.0 there and 0.5 here"),
         (["objective.num_topk=5"], r"objective=dppo needs the 5 most probable tokens .* and the dump has 4"),
-        (["rollout.from_dump=untraced"], r"routing_replay=rollout needs routed experts, and the dump has none"),
+        (["trainer.routing_replay=rollout"], r"needs routed experts, and the dump has none"),
         (["model.hf_path=other"], r"model num_layers is 2 there and 3 here; tokenizer is '\w+' there and '\w+' here"),
     ],
 )
@@ -177,9 +176,6 @@ def test_a_dump_that_does_not_fit_is_refused_by_name(
 ) -> None:
     monkeypatch.chdir(finished)
     if not (finished / "other").exists():
-        shutil.copytree("run/rollouts", "untraced")
-        for file in Path("untraced").iterdir():
-            file.write_text(re.sub(r'"routed_experts": \{[^}]*\}', '"routed_experts": null', file.read_text()))
         save_checkpoint(finished / "other", tiny_moe_config(num_hidden_layers=3))
         tokenizer = finished / "other" / "tokenizer.json"
         tokenizer.write_text(tokenizer.read_text().replace("t40", "u40"))
