@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,8 +41,8 @@ def launch(directory: Path, num_servers: int, **fields: object) -> Iterator[Serv
     ]
     keepers = [ServerKeeper(server, section, startup_timeout_s=600.0) for server in servers]
     try:
-        for keeper in keepers:
-            keeper.start()
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(ServerKeeper.start, keepers))
         yield Served(hf_path, keepers)
     finally:
         for keeper in keepers:
