@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from drpo_megatron.cli import main
+from drpo_megatron.config import load_config
+from drpo_megatron.orchestration.run_directory import RunDirectory
 from drpo_megatron.slurm.environment import compare, differences
 from drpo_megatron.slurm.files import check_shared, mount_of, read_mounts
 from drpo_megatron.slurm.layout import Nodes
@@ -27,6 +29,7 @@ EXAMPLE = Job(
     partition="gpu",
     account="my-account",
 )
+_NO_SPLIT = ["parallel.sequence=false", "parallel.expert=1"]
 MOUNTS = """\
 24 1 254:1 / / rw,relatime - ext4 /dev/vda1 rw
 25 24 0:22 / /proc rw,nosuid - proc proc rw
@@ -103,6 +106,19 @@ def test_bad_input_is_refused_before_anything_is_written(
     code, out, error = outcome(capsys, recipe, *arguments)
     assert code == 2 and out == "" and said in error
     assert sorted(recipe.parent.iterdir()) == before
+
+
+def test_a_run_may_continue_in_another_layout_but_not_as_another_run(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDirectory.create(load_config(recipe, [f"run.run_dir={tmp_path}/run"]))
+    resumed = ["--resume", run.path, "--assume-shared", "--dry-run"]
+    code, out, _ = outcome(capsys, *resumed, "--nodes", 1, "parallel.num_ranks=1", "parallel.tensor=1", *_NO_SPLIT)
+    assert code == 0 and f"RUN={run.path}" in out
+    code, _, error = outcome(capsys, *resumed, "--nodes", 2, "objective=grpo")
+    assert code == 2 and f"{run.path} can't be resumed with objective" in error
+    code, _, error = outcome(capsys, *resumed, "--nodes", 2, "parallel.pipeline=4")
+    assert code == 2 and "not divisible by" in error
 
 
 def test_paths_are_on_the_innermost_mount() -> None:
