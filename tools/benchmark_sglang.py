@@ -1,6 +1,6 @@
 """The SGLang engine against the bare server, and the three ways of weight sync, on one server of this machine.
 
-    python tools/benchmark_sglang.py [--hf DIR] [--requests 64] [--max-response 64] [--repeats 5] [--json FILE]
+    python tools/benchmark_sglang.py [--hf DIR] [--requests 64] [--max-response 40] [--repeats 5] [--json FILE]
 
 Generation: the same requests, all at once, by the engine and by a client that only posts them to /generate. The two
 take turns; tokens a second are counted of what came back. Sync: a whole `publish` of the checkpoint, checksums included,
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--hf", default="data/quickstart/model", help="checkpoint (default: the quickstart's)")
     parser.add_argument("--python", default=".venv-sglang/bin/python", help="interpreter with SGLang")
     parser.add_argument("--requests", type=int, default=64, help="requests at once (default 64)")
-    parser.add_argument("--max-response", type=int, default=64, help="longest response (default 64)")
+    parser.add_argument("--max-response", type=int, default=40, help="longest response (default 40)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (default 5)")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     args = parser.parse_args()
