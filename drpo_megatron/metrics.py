@@ -62,8 +62,12 @@ class Statistic:
 
     @staticmethod
     def of_quantile(values: torch.Tensor, quantile: float) -> Statistic:
-        """Quantile of values in [0, 1] from a log-spaced histogram (mergeable over ranks, unlike a sorted list)."""
-        scaled = (values.detach().double().clamp(_LOWEST, _HIGHEST) / _LOWEST).log() / math.log(_HIGHEST / _LOWEST)
+        """Quantile of values in [0, 1] from a log-spaced histogram (mergeable over ranks, unlike a sorted list).
+
+        NaN counts as the highest: a policy that diverged must show, and has its error elsewhere.
+        """
+        values = values.detach().double().nan_to_num(nan=_HIGHEST).clamp(_LOWEST, _HIGHEST)
+        scaled = (values / _LOWEST).log() / math.log(_HIGHEST / _LOWEST)
         bins = (scaled * (NUM_BINS - 1)).round().long()
         return Statistic("quantile", torch.bincount(bins, minlength=NUM_BINS).double(), quantile)
 

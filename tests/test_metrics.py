@@ -84,6 +84,12 @@ def test_quantile_sketch_is_within_half_a_percent(share: float) -> None:
     assert Statistic.of_quantile(values, share).value() == pytest.approx(exact, rel=0.005)
 
 
+def test_nan_is_the_highest_quantile_and_no_crash() -> None:
+    values = torch.tensor([0.1, 0.1, 0.1, float("nan")])
+    assert Statistic.of_quantile(values, 0.5).value() == pytest.approx(0.1, rel=0.005)
+    assert Statistic.of_quantile(values, 0.99).value() == pytest.approx(1.0, rel=0.005)
+
+
 def test_quantile_of_zeros_is_zero() -> None:
     assert Statistic.of_quantile(torch.zeros(5), 0.99).value() == 0
 
