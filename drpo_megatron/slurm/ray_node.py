@@ -19,53 +19,59 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ADDRESS_FILE = "ray_address"
+_UP_FILE = "ray_current_cluster"
+"""Ray writes its address there, below its temporary directory, when it is up."""
 _LOGS = "session_latest/logs"
-"""Below Ray's temporary directory. Kept when Ray ended by itself: `ray start` says that it failed, its logs say why."""
-_AGENT_PORTS = (
-    "dashboard-agent-grpc-port",
-    "dashboard-agent-listen-port",
-    "metrics-export-port",
-    "runtime-env-agent-port",
-)
-"""Ports of Ray's helper processes. Ray would choose them itself, but then ends when a helper takes more than 15 s to start
-(github.com/ray-project/ray/issues/65983), as on a busy shared file system."""
-_PATIENT = {"RAY_raylet_start_wait_time_s": "300"}
-"""Ray's own 30 s are too few where Python comes from a busy shared file system."""
+"""Kept when Ray ended by itself: `ray start` says that it failed, these say why."""
+_NUM_STARTS = 5
+"""Ray ends when one of its helpers takes more than 15 s to start (github.com/ray-project/ray/issues/65983), as it may where
+Python comes from a busy shared file system. The next start finds the files in memory."""
+_PATIENT = {"RAY_raylet_start_wait_time_s": "60"}
 _END_S = 20.0
 """How long Ray may take to end before it is killed."""
 
 
 def run_node(job_dir: Path, node: str, *, is_head: bool, num_cpus: int, timeout_s: float) -> int:
-    """Start Ray here and stay until it ends, or until SIGUSR2. Returns the exit code.
+    """Start Ray here and stay until it ends, or until SIGUSR2. Returns 0 after SIGUSR2, otherwise 1.
 
     SIGTERM, which Slurm sends to every process of a job that it is going to preempt, is not answered: the run needs its
     Ray until it has saved a checkpoint.
 
-    Raises: ValueError when the head does not start in time.
+    Raises: ValueError when another node's head does not start in time.
     """
     ended = _on_signals()
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
     command += [f"--node-name={node}", f"--node-ip-address={address_of(job_dir, node)}", f"--num-cpus={num_cpus}"]
-    command += [f"--{option}={port}" for option, port in zip(_AGENT_PORTS, _free_ports(), strict=True)]
-    with _temporary_directory() as scratch:
-        command.append(f"--temp-dir={scratch}")
-        if is_head:
-            command += ["--head", "--port=0", "--include-dashboard=false"]
-        else:
-            command.append(f"--address={_read(job_dir / ADDRESS_FILE, ended, timeout_s)}")
-        # In a session of its own, so that signals to the job's processes don't reach it.
-        ray = subprocess.Popen(command, start_new_session=True, env=os.environ | _PATIENT)
-        try:
-            if is_head:
-                address = _read(scratch / "ray_current_cluster", lambda: ended() or ray.poll() is not None, timeout_s)
-                _publish(address, job_dir)
-            while ray.poll() is None and not ended():
-                time.sleep(0.5)
-            return 0 if ended() else ray.returncode
-        finally:
-            _end(ray)
-            if not ended() and (scratch / _LOGS).is_dir():
-                shutil.copytree(scratch / _LOGS, job_dir / f"ray-{node}", ignore_dangling_symlinks=True)
+    if is_head:
+        command += ["--head", "--port=0", "--include-dashboard=false"]
+    elif address := _read(job_dir / ADDRESS_FILE, ended, timeout_s):
+        command.append(f"--address={address}")
+    else:
+        raise ValueError(f"Ray's head has not started: there is no {job_dir / ADDRESS_FILE}")
+    for start in range(_NUM_STARTS):
+        with _started(command) as (ray, scratch):
+            came_up = _serve(ray, scratch, ended, job_dir if is_head else None, timeout_s)
+            if ended():
+                return 0
+            with suppress(OSError):
+                shutil.copytree(scratch / _LOGS, job_dir / f"ray-{node}.{start}", ignore_dangling_symlinks=True)
+        if came_up:
+            break
+    return 1
+
+
+def _serve(
+    ray: subprocess.Popen[bytes], scratch: Path, ended: Callable[[], bool], publish_in: Path | None, timeout_s: float
+) -> bool:
+    """Wait until Ray is up, then until it ends, or until `ended`. Whether it was up."""
+    address = _read(scratch / _UP_FILE, lambda: ended() or ray.poll() is not None, timeout_s)
+    if address and publish_in:
+        temporary = publish_in / f".{ADDRESS_FILE}"
+        temporary.write_text(address, encoding="utf-8")
+        temporary.rename(publish_in / ADDRESS_FILE)
+    while address and ray.poll() is None and not ended():
+        time.sleep(0.5)
+    return bool(address)
 
 
 def address_of(job_dir: Path, node: str) -> str:
@@ -86,44 +92,28 @@ def _on_signals() -> Callable[[], bool]:
 
 
 @contextmanager
-def _temporary_directory() -> Iterator[Path]:
-    """On the node's own disk. Short: Ray's socket paths have to stay within 107 characters."""
-    path = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+def _started(command: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """Ray, and its temporary directory on the node's own disk; both end with the block."""
+    scratch = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # Its socket paths have to stay within 107 characters.
+    # In a session of its own, so that signals to the job's processes don't reach it.
+    ray = subprocess.Popen([*command, f"--temp-dir={scratch}"], start_new_session=True, env=os.environ | _PATIENT)
     try:
-        yield path
+        yield ray, scratch
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        ray.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            ray.wait(_END_S)
+        with suppress(ProcessLookupError):
+            os.killpg(ray.pid, signal.SIGKILL)
+        ray.wait()
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _read(file: Path, is_over: Callable[[], bool], timeout_s: float) -> str:
+    """What is in the file as soon as there is something; nothing when it is over before, or late."""
     deadline = time.monotonic() + timeout_s
     while not (text := file.read_text(encoding="utf-8").strip() if file.exists() else ""):
         if is_over() or time.monotonic() > deadline:
-            raise ValueError(f"Ray's head did not start: there is no {file}")
+            break
         time.sleep(0.5)
     return text
-
-
-def _free_ports() -> list[int]:
-    sockets = [socket.socket() for _ in _AGENT_PORTS]
-    for each in sockets:
-        each.bind(("", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def _publish(address: str, job_dir: Path) -> None:
-    scratch = job_dir / f".{ADDRESS_FILE}"
-    scratch.write_text(address, encoding="utf-8")
-    scratch.rename(job_dir / ADDRESS_FILE)
-
-
-def _end(ray: subprocess.Popen[bytes]) -> None:
-    ray.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        ray.wait(_END_S)
-    with suppress(ProcessLookupError):
-        os.killpg(ray.pid, signal.SIGKILL)
-    ray.wait()

@@ -75,7 +75,12 @@ def test_a_job_survives_a_warning_and_the_death_of_a_node_and_ends_as_if_nothing
 ) -> None:
     # Two ranks that do nothing without each other: tensor parallel over two nodes.
     parallel = {"num_ranks": 2, "tensor": 2, "sequence": True, "expert": 2}
-    command.prepare(tmp_path, run={"num_steps": NUM_STEPS}, parallel=parallel, checkpoint={"every": 4})
+    sections = {
+        "run": {"num_steps": NUM_STEPS},
+        "checkpoint": {"every": 4},
+        "cluster": {"startup_timeout_s": TIMEOUT_S},
+    }
+    command.prepare(tmp_path, parallel=parallel, **sections)
     run_dir = tmp_path / "job"
     job = submit(tmp_path, "job")
 
