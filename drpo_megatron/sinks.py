@@ -101,7 +101,7 @@ def headline(metrics: dict[str, float]) -> dict[str, str]:
         value = metrics.get(name)
         return "-" if value is None or not math.isfinite(value) else format(value, form)
 
-    return {
+    cells = {
         "reward": number("reward/mean", ".3f"),
         "|pi-mu|": number("mismatch/abs_prob_shift/mean", ".1e"),
         "w": f"{number('objective/weight/min', '.2f')}..{number('objective/weight/max', '.2f')}",
@@ -110,6 +110,9 @@ def headline(metrics: dict[str, float]) -> dict[str, str]:
         "gen tok/s": number("throughput/generate_tokens_per_s", ",.0f"),
         "train tok/s": number("throughput/train_tokens_per_s", ",.0f"),
     }
+    if "throughput/mfu" in metrics:  # On GPUs.
+        cells["MFU"] = number("throughput/mfu", ".1%")
+    return cells
 
 
 class PlainLines:

@@ -66,6 +66,7 @@ def test_plain_lines_name_reward_mismatch_weights_and_the_time_left(
 def test_missing_and_nan_metrics_show_as_a_dash() -> None:
     assert headline(STEP)["train tok/s"] == "-"
     assert headline({})["reward"] == "-"
+    assert "MFU" not in headline(STEP) and headline(STEP | {"throughput/mfu": 0.312})["MFU"] == "31.2%"
 
 
 def test_tensorboard_and_offline_wandb_write_without_a_network(tmp_path: Path) -> None:
