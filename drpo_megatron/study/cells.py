@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,7 @@ import psutil
 import yaml
 
 import drpo_megatron
-from drpo_megatron.orchestration.run_directory import RunDirectory, fingerprint, versions
+from drpo_megatron.orchestration.run_directory import RunDirectory, versions
 from drpo_megatron.study.runs import Run
 
 RECORD_FILE = "cell.json"
@@ -31,6 +32,10 @@ _NOT_NUMBERS = ("study", "planner", "conversion", "commands", "cli.py", "plots.p
 _SHOWN = 4
 """Differing keys that a refusal names."""
 _NOTHING = "(nothing)"
+SIGN_OF_LIFE_S = 30.0
+"""How often the record of a running run is touched, for those who look from another machine."""
+_SILENCE_S = 10 * SIGN_OF_LIFE_S
+"""A run on another machine that wasn't touched for so long is taken for dead."""
 
 State = Literal["done", "resume", "new", "changed", "alive"]
 
@@ -46,11 +51,12 @@ class Record:
     code: str
     """Hash of the package's source."""
     start: str | None
-    """Fingerprint of the run that made the model to start from."""
+    """Hash of what was asked of the run that made the model to start from."""
     versions: dict[str, str]
     state: Literal["running", "done", "diverged", "failed", "interrupted"] = "running"
     """diverged: a gradient that is not finite ended it, which is a result."""
     attempts: int = 0
+    host: str = ""
     pid: int | None = None
     """Of the process that runs it now, with the time that it was created: numbers of processes are used again."""
     pid_created: float | None = None
@@ -87,8 +93,8 @@ def read_record(path: Path) -> Record | None:
 def state_of(run: Run) -> tuple[State, str]:
     """What the directory holds, and why a `changed` or `alive` one can't be gone on with."""
     directory, record = RunDirectory(run.path), read_record(run.path)
-    if record is not None and _is_alive(record):
-        return "alive", f"process {record.pid} is running it; wait for it or end it (kill {record.pid})"
+    if record is not None and _is_alive(record, run.path):
+        return "alive", f"process {record.pid} of {record.host} is running it; wait for it, or end it there"
     finished = directory.summary_file.is_file() or (record is not None and record.state == "diverged")
     if not finished and not directory.has_checkpoint():
         return "new", ""
@@ -118,12 +124,17 @@ def _differences(run: Run, directory: RunDirectory, record: Record | None) -> It
 
 
 def _start(run: Run) -> str | None:
-    return fingerprint(run.start.config)[:12] if run.start is not None else None
+    if run.start is None:
+        return None
+    asked = [text for text in run.start.overrides if not text.startswith("run.run_dir=")]
+    return hashlib.sha256("\n".join([str(run.start.base), *asked]).encode()).hexdigest()[:12]
 
 
-def _is_alive(record: Record) -> bool:
+def _is_alive(record: Record, path: Path) -> bool:
     if record.state != "running" or record.pid is None:
         return False
+    if record.host != socket.gethostname():
+        return time.time() - (path / RECORD_FILE).stat().st_mtime < _SILENCE_S
     try:
         process = psutil.Process(record.pid)
         return process.create_time() == record.pid_created and process.status() != psutil.STATUS_ZOMBIE

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,16 @@ import psutil
 
 from drpo_megatron.config.problems import listed
 from drpo_megatron.orchestration.run_directory import RunDirectory
-from drpo_megatron.study.cells import OUTPUT_FILE, Record, State, new_record, read_record, state_of
+from drpo_megatron.study.cells import (
+    OUTPUT_FILE,
+    RECORD_FILE,
+    SIGN_OF_LIFE_S,
+    Record,
+    State,
+    new_record,
+    read_record,
+    state_of,
+)
 from drpo_megatron.study.runs import PREPARE, Run, Study
 
 _POLL_S = 0.2
@@ -76,6 +86,7 @@ class _Attempt:
     record: Record
     process: subprocess.Popen[bytes]
     began: float
+    touched: float
 
 
 class _Pool:
@@ -92,8 +103,12 @@ class _Pool:
                     self.running.append(self._start(*queue.pop(0)))
                 self.display.tick([attempt.run for attempt in self.running])
                 time.sleep(_POLL_S)
-                for attempt in [attempt for attempt in self.running if attempt.process.poll() is not None]:
-                    self._end(attempt)
+                for attempt in list(self.running):
+                    if attempt.process.poll() is not None:
+                        self._end(attempt)
+                    elif time.monotonic() > attempt.touched + SIGN_OF_LIFE_S:
+                        attempt.touched = time.monotonic()
+                        (attempt.run.path / RECORD_FILE).touch()
         finally:
             self._stop()
 
@@ -116,10 +131,11 @@ class _Pool:
                 stderr=output,
                 start_new_session=True,
             )
+        record.host = socket.gethostname()
         record.pid, record.pid_created = process.pid, psutil.Process(process.pid).create_time()
         record.save(run.path)
         self.display.started(run, state)
-        return _Attempt(run, record, process, time.monotonic())
+        return _Attempt(run, record, process, time.monotonic(), time.monotonic())
 
     def _end(self, attempt: _Attempt) -> None:
         self.running.remove(attempt)

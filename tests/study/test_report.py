@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
+import shutil
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -197,6 +202,24 @@ def test_what_another_configuration_made_is_refused_by_name(make: Callable[..., 
     other.write_text(yaml.safe_dump(grid, sort_keys=False))
     with pytest.raises(ValueError, match=re.escape(f"{study.runs[0].path}: run.num_steps=5 (it has 2)")):
         inspect(load_study(other, study.runs_dir, [0]))
+
+
+def test_a_run_that_somebody_is_at_is_left_alone(make: Callable[..., Study]) -> None:
+    study = make(as_in_the_paper, seeds=[0])
+    here, there = study.runs[:2]
+    me = psutil.Process()
+    for run, host in ((here, socket.gethostname()), (there, "elsewhere")):
+        shutil.rmtree(run.path)
+        write_run(run, RISES, state="running", host=host, pid=me.pid, pid_created=me.create_time())
+    with pytest.raises(ValueError) as error:
+        inspect(study)
+    assert f"{here.path}: process {me.pid} of {socket.gethostname()} is running it" in str(error.value)
+    assert f"{there.path}: process {me.pid} of elsewhere is running it" in str(error.value)
+    # Another process that has got the number; a machine that gave no sign of life for an hour.
+    os.utime(there.path / "cell.json", (0, time.time() - 3600))
+    shutil.rmtree(here.path)
+    write_run(here, RISES, state="running", host=socket.gethostname(), pid=me.pid, pid_created=1.0)
+    assert [inspect(study)[run] for run in (here, there)] == ["new", "new"]
 
 
 def test_a_directory_of_another_study_file_is_refused_and_one_may_grow(
