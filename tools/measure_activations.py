@@ -87,6 +87,8 @@ def _saved_by(forward: Any, chunk: Any) -> int:
 
 
 def main(arguments: list[str]) -> None:
+    if not arguments:
+        sys.exit(__doc__)
     one_process = ["parallel={num_ranks: 1}", "trainer.backend=cpu"]
     config = load_config(arguments[0], [*arguments[1:], *one_process])
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
