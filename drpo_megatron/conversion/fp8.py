@@ -8,15 +8,32 @@ Edges that don't fill a block have one of their own, as if padded with zeros: no
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from drpo_megatron.checkpoint.hf import HFCheckpoint
 from drpo_megatron.checkpoint.safetensors_file import TensorInfo
+from drpo_megatron.config.precision import PrecisionSection
+from drpo_megatron.precision.rollout import RolloutPrecision
 
 BLOCK = 128
 SCALE_SUFFIX = ".weight_scale_inv"
+
+
+def server_flags(hf_path: str | Path, section: PrecisionSection) -> list[str]:
+    """SGLang's, of a server that computes in block FP8 although the checkpoint is not: it starts without weights.
+
+    They are sent to it before it is used (`RolloutPrecision.quantized`).
+    """
+    checkpoint = HFCheckpoint(hf_path)
+    precision = RolloutPrecision.of_checkpoint(section, checkpoint.config, checkpoint.names())
+    assert precision is not None
+    changed = {"quantization_config": quantization_config(checkpoint.names(), precision.names)}
+    return ["--load-format", "dummy", "--json-model-override-args", json.dumps(changed)]
 
 
 def scale_name(name: str) -> str:

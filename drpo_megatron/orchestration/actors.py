@@ -29,9 +29,10 @@ from drpo_megatron.types import Completion, Prompt, Sample, StepReport
 if TYPE_CHECKING:
     import torch
 
+    from drpo_megatron.precision.rollout import RolloutPrecision
     from drpo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
     from drpo_megatron.rollout.sglang_server import Endpoint, ServerKeeper
-    from drpo_megatron.weight_sync import Bucket, PublishReport
+    from drpo_megatron.weight_sync import Bucket, Encode, PublishReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +184,7 @@ class TrainerRank(ProcessActor):
             load,
             finish,
             dtype=engine_dtype(self.trainer.config),
-            encode=precision.dequantized if precision is not None else None,
+            encode=_encoder(precision, self.trainer.config),
         )
         if self.rank == 0:
             print(f"published version {report.policy_version}: {report.num_bytes} bytes in {report.seconds:.3f} s")
@@ -217,6 +218,10 @@ class ServerActor(ProcessActor):
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         replays = config.trainer.routing_replay != "off"
         flags = server_flags(hf_path, section, server_dtype(section, hf_path), device, routed_experts=replays)
+        if config.precision.rolls_out_quantized:
+            from drpo_megatron.conversion.fp8 import server_flags as fp8_flags
+
+            flags += fp8_flags(hf_path, config.precision)
         host = "127.0.0.1" if config.cluster.ray_address is None else ray.util.get_node_ip_address()
         server = SGLangServer(flags, section.python, device, log_file, host)
         self.keeper = ServerKeeper(server, section, config.cluster.startup_timeout_s)
@@ -247,6 +252,7 @@ class EngineActor(ProcessActor):
         """Servers count when their weights were verified, so they are sent the checkpoint that they were launched with."""
         from drpo_megatron.checkpoint.hf import HFCheckpoint
         from drpo_megatron.models import get_family
+        from drpo_megatron.precision.rollout import RolloutPrecision
         from drpo_megatron.rollout.sglang_engine import SGLangEngine
         from drpo_megatron.rollout.sglang_server import outside_endpoints
         from drpo_megatron.weight_sync import publish
@@ -257,7 +263,15 @@ class EngineActor(ProcessActor):
         checkpoint = HFCheckpoint(hf_path)
         family = get_family(checkpoint.config)
         exported = (item for item in checkpoint.iter_tensors() if not family.ignores(item[0]))
-        publish(exported, 0, engine.load_weights, engine.finish_update, dtype=engine_dtype(config))
+        precision = RolloutPrecision.of_checkpoint(config.precision, checkpoint.config, checkpoint.names())
+        publish(
+            exported,
+            0,
+            engine.load_weights,
+            engine.finish_update,
+            dtype=engine_dtype(config),
+            encode=_encoder(precision, config),
+        )
         return engine
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]:
@@ -292,6 +306,13 @@ class RewardActor(ProcessActor):
 
     def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> tuple[list[float], dict[str, int]]:
         return self.scorer.score(pairs)
+
+
+def _encoder(precision: RolloutPrecision | None, config: Config) -> Encode | None:
+    """The embedded engine emulates: it gets back what was rounded. A server computes with what it gets."""
+    if precision is None:
+        return None
+    return precision.quantized if config.rollout.engine.name == "sglang" else precision.dequantized
 
 
 def engine_dtype(config: Config) -> torch.dtype:

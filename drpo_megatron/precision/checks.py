@@ -11,6 +11,7 @@ from typing import Any
 
 from drpo_megatron.config import Config
 from drpo_megatron.config.problems import listed
+from drpo_megatron.config.sections import SGLangEngineSection
 from drpo_megatron.precision.recipes import (
     Hardware,
     TrainPrecision,
@@ -31,7 +32,7 @@ def check_precision(config: Config, hf_config: dict[str, Any], hardware: Hardwar
     Raises: ValueError that lists everything that can't work, each with the keys, their values and what to do.
     """
     model = hf_config.get("text_config", hf_config)
-    problems = [*_ignored(config), *_rollout_problems(config), *_block_problems(config, model)]
+    problems = [*_ignored(config), *_rollout_problems(config, hardware), *_block_problems(config, model)]
     precision = None
     if hardware is not None:
         try:
@@ -70,10 +71,21 @@ def _ignored(config: Config) -> Iterator[str]:
         )
 
 
-def _rollout_problems(config: Config) -> Iterator[str]:
+def _rollout_problems(config: Config, hardware: Hardware | None) -> Iterator[str]:
     section, engine = config.precision, config.rollout.engine.name
     if not section.rolls_out_quantized:
         return
+    if engine == "sglang" and section.monitor.early_warning.action == "bf16-rollout":
+        yield (
+            "precision.monitor.early_warning.action=bf16-rollout with rollout.engine=sglang: a server computes in the "
+            "precision that it was launched in; use log or stop"
+        )
+    is_launched = isinstance(config.rollout.engine, SGLangEngineSection) and not config.rollout.engine.servers
+    if is_launched and hardware is not None and hardware.capability is None:
+        yield (
+            f"precision.rollout={section.rollout.name} with rollout.engine=sglang: SGLang has no FP8 kernels for this "
+            "CPU; use rollout.engine=transformers, which emulates them, or a machine with GPUs"
+        )
     if engine == "sglang" and section.rollout.name not in SGLANG_RECIPES:
         yield (
             f"precision.rollout={section.rollout.name} with rollout.engine=sglang: SGLang runs "

@@ -20,7 +20,11 @@ from drpo_megatron.config.hf_config import HFModelConfig
 _VOCABULARY_MULTIPLE = 64
 _CPU_INNER_MULTIPLE = 32
 """Of a rank's share of an MLP's inner size."""
-_EXPERT = re.compile(r"(?P<stem>.*\.experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
+_SCALE = "_scale_inv"
+"""Behind the name of a block-FP8 weight's scales, which are fused and cut as the weight is."""
+_EXPERT = re.compile(
+    r"(?P<stem>.*\.experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight(?P<scale>_scale_inv)?"
+)
 _PARTS = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}
 _STACKED = {
     "q_proj": ("qkv_proj", 0),
@@ -63,9 +67,10 @@ class ServerChecksums:
         """(the server's parameter, index in it, how many tensors it is made of)."""
         if expert := _EXPERT.fullmatch(name):
             index, count = int(expert["expert"]), self.model.num_experts or 0
+            scale = expert["scale"] or ""
             if expert["part"] in _PARTS:
-                return f"{expert['stem']}.w13_weight", 2 * index + _PARTS[expert["part"]], 2 * count
-            return f"{expert['stem']}.w2_weight", index, count
+                return f"{expert['stem']}.w13_weight{scale}", 2 * index + _PARTS[expert["part"]], 2 * count
+            return f"{expert['stem']}.w2_weight{scale}", index, count
         stem, _, part = name.rpartition(".")
         module = stem.rpartition(".")[2]
         if module in _STACKED:
@@ -82,17 +87,18 @@ class ServerChecksums:
 
     def _shard(self, name: str, pieces: list[torch.Tensor], rank: int) -> list[torch.Tensor]:
         """This rank's part of each piece; end to end they are the rank's parameter."""
-        size = self.tensor_parallel
+        size, is_scale = self.tensor_parallel, name.endswith(_SCALE)
+        name, multiple = name.removesuffix(_SCALE), size * (1 if is_scale else _CPU_INNER_MULTIPLE)
         if name.endswith("o_proj.weight"):
             return [piece.chunk(size, dim=1)[rank] for piece in pieces]
         if name.endswith(("w2_weight", "down_proj.weight")):
-            return [_padded(piece, 1, size * _CPU_INNER_MULTIPLE).chunk(size, dim=1)[rank] for piece in pieces]
+            return [_padded(piece, 1, multiple).chunk(size, dim=1)[rank] for piece in pieces]
         if name.endswith(("qkv_proj.weight", "qkv_proj.bias")):
             kv_ranks = min(size, self.model.num_key_value_heads)  # Fewer KV heads than ranks: neighbours share one.
             query, *key_value = pieces
             return [query.chunk(size)[rank], *(x.chunk(kv_ranks)[rank * kv_ranks // size] for x in key_value)]
         if name.endswith(("gate_up_proj.weight", "w13_weight")):
-            return [_padded(piece, 0, size * _CPU_INNER_MULTIPLE).chunk(size)[rank] for piece in pieces]
+            return [_padded(piece, 0, multiple).chunk(size)[rank] for piece in pieces]
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             return [_padded(piece, 0, _VOCABULARY_MULTIPLE).chunk(size)[rank] for piece in pieces]
         return pieces

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from drpo_megatron.checkpoint.hf import HFCheckpoint, tensor_checksum
 from drpo_megatron.config.precision import PrecisionSection
 from drpo_megatron.config.sections import TransformersEngineSection
-from drpo_megatron.models import get_family
 from drpo_megatron.precision.rollout import RolloutPrecision
 from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
 from drpo_megatron.rollout.low_precision import RoundedActivations
@@ -52,9 +51,7 @@ class TransformersEngine:
         self.policy_version = 0
 
     def _round_activations(self, section: PrecisionSection, names: Collection[str]) -> RoundedActivations | None:
-        config = self.model.config
-        rules = get_family(config).rules(config, names)
-        precision = RolloutPrecision.of(section, rules, config.get_text_config().num_hidden_layers)
+        precision = RolloutPrecision.of_checkpoint(section, self.model.config, names)
         return RoundedActivations(self.model, self.slots, precision) if precision is not None else None
 
     # --- generation ---------------------------------------------------------------------------------------------------

@@ -65,11 +65,7 @@ class Trainer:
         self.routing = self._build_routing()
         self.objective = build_objective(config.objective)
         self.supervised_objective = build_objective({"name": "sft"})
-        self.rollout_precision = RolloutPrecision.of(
-            config.precision,
-            self.family.rules(self.hf_config, self.hf_names),
-            self.hf_config.get_text_config().num_hidden_layers,
-        )
+        self.rollout_precision = RolloutPrecision.of_checkpoint(config.precision, self.hf_config, self.hf_names)
         self.policy_version = 0
         self.num_rollouts = 0
         self.is_warming_up = config.warmup is not None

@@ -92,7 +92,8 @@ def test_every_quantised_layer_and_role_is_looked_into(single: Any) -> None:
     assert not any(name.startswith("precision/") for name in unquantised)
 
 
-@pytest.mark.parametrize("layout", ["tp2ep2", pytest.param("pp2", marks=pytest.mark.slow), "dp2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp2ep2", "pp2", "dp2"])
 def test_ranks_measure_what_one_process_measures(layout: str, hf_path: str) -> None:
     calls = [(layout, "mxfp8", 1), (layout, "bf16", 1)]
     one = run_ranks(1, several, hf_path, [("one", recipe, every) for _, recipe, every in calls], timeout_s=600)[0]

@@ -163,6 +163,19 @@ def test_layouts_that_do_not_suit_a_recipe_are_refused() -> None:
         check(precision={"rollout": "mxfp8"}, rollout={"engine": {"name": "sglang"}})
 
 
+def test_sglang_computes_in_fp8_where_it_has_kernels() -> None:
+    precision = {"rollout": "fp8-block128"}
+    with pytest.raises(ValueError, match="SGLang has no FP8 kernels for this CPU; use rollout.engine=transformers"):
+        check(CPU, precision=precision, rollout={"engine": {"name": "sglang"}})
+    assert check(HOPPER, precision=precision, rollout={"engine": {"name": "sglang"}}) == []
+    assert (
+        check(CPU, precision=precision, rollout={"engine": {"name": "sglang", "servers": ["http://gpu:30000"]}}) == []
+    )
+    fallback = {"monitor": {"early_warning": {"action": "bf16-rollout"}}}
+    with pytest.raises(ValueError, match="a server computes in the precision that it was launched in"):
+        check(HOPPER, precision=precision | fallback, rollout={"engine": {"name": "sglang"}})
+
+
 def test_an_unknown_recipe_is_refused_with_the_nearest() -> None:
     quickstart = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
     with pytest.raises(ValueError, match="expected one of bf16, .*noise; did you mean fp8-blockwise"):

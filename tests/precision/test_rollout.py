@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 
 from drpo_megatron.checkpoint.hf import HFCheckpoint
+from drpo_megatron.config.hf_config import read_hf_config
 from drpo_megatron.config.precision import PrecisionSection
 from drpo_megatron.config.sections import TransformersEngineSection
-from drpo_megatron.conversion.fp8 import quantised_infos
+from drpo_megatron.conversion.fp8 import quantised_infos, server_flags
 from drpo_megatron.models import get_family
 from drpo_megatron.precision.quantize import dequantize_block128, fake_quantize
 from drpo_megatron.precision.rollout import RolloutPrecision
+from drpo_megatron.rollout.sglang_layout import ServerChecksums
 from drpo_megatron.rollout.transformers_engine import TransformersEngine
 from drpo_megatron.weight_sync import publish
 from tests.tiny import (
@@ -22,6 +25,7 @@ from tests.tiny import (
     tiny_dense_config,
     tiny_mixtral_config,
     tiny_moe_config,
+    tiny_qwen3_5_config,
     tiny_qwen3_5_text_config,
 )
 
@@ -41,8 +45,7 @@ def section(name: str, **keys: Any) -> PrecisionSection:
 
 def precision_of(path: Path, chosen: PrecisionSection) -> RolloutPrecision:
     checkpoint = HFCheckpoint(path)
-    rules = get_family(checkpoint.config).rules(checkpoint.config, checkpoint.names())
-    precision = RolloutPrecision.of(chosen, rules, num_layers=4)
+    precision = RolloutPrecision.of_checkpoint(chosen, checkpoint.config, checkpoint.names())
     assert precision is not None
     return precision
 
@@ -126,6 +129,42 @@ def test_an_fp8_engine_is_sent_the_two_tensors_of_a_block_checkpoint(tmp_path: P
         [(_, dequantized)] = precision.dequantized(name, tensor.float())
         values, scale_inv = sent.values()
         assert torch.equal(dequantize_block128(values, scale_inv), dequantized)
+
+
+def test_stacked_experts_come_apart_for_an_fp8_engine(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, tiny_qwen3_5_config())
+    checkpoint = HFCheckpoint(path)
+    precision = precision_of(path, section("fp8-block128"))
+    stacked = [name for name in precision.names if ".experts." in name]
+    sent = {part for name in stacked for part, _ in precision.quantized(name, checkpoint.get(name))}
+    plain = [name for name in checkpoint.names() if ".experts." not in name]
+    rules = get_family(checkpoint.config).rules(checkpoint.config, plain)
+    experts = {hf.name for rule in rules for hf in rule.hf if ".mlp.experts." in hf.name}
+    assert stacked and {name for name in sent if not name.endswith("_scale_inv")} == experts
+    # Rounded together for an embedded engine, each with blocks of its own all the same.
+    name = next(name for name in stacked if name.endswith("gate_up_proj"))
+    [(_, whole)] = precision.dequantized(name, checkpoint.get(name).float())
+    parts = dict(precision.quantized(name, checkpoint.get(name)))
+    up = name.replace("gate_up_proj", "2.up_proj.weight")
+    assert torch.equal(whole[2].chunk(2)[1], dequantize_block128(parts[up], parts[f"{up}_scale_inv"]))
+
+
+def test_an_sglang_server_starts_in_fp8_and_is_expected_to_hold_weights_and_scales(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, tiny_moe_config(num_hidden_layers=1, moe_intermediate_size=256))
+    *_, override = server_flags(path, section("fp8-block128"))
+    config = json.loads(override)["quantization_config"]
+    assert config["quant_method"] == "fp8" and config["weight_block_size"] == [128, 128]
+    assert {"lm_head", "model.embed_tokens", "model.layers.0.mlp.gate"} <= set(config["modules_to_not_convert"])
+    assert "model.layers.0.mlp.experts.0.up_proj" not in config["modules_to_not_convert"]
+
+    precision, checksums = precision_of(path, section("fp8-block128")), ServerChecksums(read_hf_config(path), 1)
+    for name, tensor in HFCheckpoint(path).iter_tensors():
+        checksums.add(precision.quantized(name, tensor))
+    names, layer = set(checksums.of_rank(0)), "model.layers.0"
+    fused = ("self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "mlp.experts.w13_weight", "mlp.experts.w2_weight")
+    scales = {f"{layer}.{name}_scale_inv" for name in fused}
+    assert scales == {name for name in names if name.endswith("_scale_inv")}
+    assert {name.removesuffix("_scale_inv") for name in scales} < names
 
 
 def test_layers_to_keep_are_kept(tmp_path: Path) -> None:
