@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
 from drpo_megatron.rollout.sglang_client import Generated, ServerError, ServerLost, SGLangClient
@@ -32,6 +32,7 @@ class _Server:
     load: int = 0
     """Requests that it has been given and not answered."""
     is_serving: bool = False
+    attempts: set[asyncio.Task[Generated]] = field(default_factory=set)
 
 
 class SGLangRouter:
@@ -54,10 +55,17 @@ class SGLangRouter:
         return sum(server.is_serving for server in self._servers)
 
     async def publish(self, label: str, policy_version: int, clients: Sequence[SGLangClient]) -> None:
-        """From now on `clients`, and only they, serve, with the weights of `label`."""
+        """From now on `clients`, and only they, serve, with the weights of `label`.
+
+        What the others were drawing is given up, and drawn again by these.
+        """
         self.expect(label, policy_version)
         self._version = policy_version
         await self._let_serve(clients, is_updating=False)
+        for server in self._servers:
+            if not server.is_serving:
+                for attempt in server.attempts:
+                    attempt.cancel()
 
     def expect(self, label: str, policy_version: int) -> None:
         """Servers are about to get the weights of `label`: running requests may be answered with them from now on."""
@@ -118,10 +126,16 @@ class SGLangRouter:
         num_failures = 0
         while True:
             sent_at = self._version
+            attempt = asyncio.create_task(server.client.generate(request, params, self.timeout_s))
+            server.attempts.add(attempt)
             try:
-                generated = await server.client.generate(request, params, self.timeout_s)
+                generated = await attempt
                 self._check_versions(generated, sent_at, server)
                 return generated
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
             except ServerLost:
                 # A hung request is not yet a hung server.
                 if await self._answers(server):
@@ -137,6 +151,7 @@ class SGLangRouter:
                         error.status, f"{request.request_id} failed {num_failures} times: {error}"
                     ) from error
             finally:
+                server.attempts.discard(attempt)
                 await self._release(server)
             if num_failures == self.max_attempts:
                 raise ServerError(

@@ -20,6 +20,7 @@ from drpo_megatron.rollout.sglang_transport import SyncFailed
 from drpo_megatron.types import Completion
 from tests.rollout.conftest import Served, launch
 from tests.rollout.test_sglang_engine import Weights, logprobs, publish, reference, requests, weights
+from tests.rollout.test_sglang_update import assert_mu_is_of_the_versions_that_drew
 
 pytestmark = pytest.mark.slow
 
@@ -129,6 +130,29 @@ def test_a_server_whose_update_fails_half_way_draws_nothing_until_the_next_one(
     version = publish(engine, after)
     assert engine.router.num_serving == 2
     assert_drawn_by(pair, after, version, engine.generate(requests(32), SamplingParams(20)), 32)
+    engine.close()
+
+
+def test_a_rollout_goes_on_without_the_server_whose_update_fails_meanwhile(pair: Served) -> None:
+    all_up(pair)
+    engine = pair.engine()
+    old, new = weights(pair, 21), weights(pair, 22)
+    before = publish(engine, old)
+    after = 0
+
+    def update_one_of_two() -> None:
+        nonlocal after
+        refusing = engine.clients[0]
+        after = publish(engine, new, lambda: engine._loop.run(refusing.call("/end_weight_update", 300.0)))
+
+    drawn = draw(engine, requests(64), update_one_of_two)
+    assert engine.router.num_serving == 1 and engine.router.num_resent > 0
+    models = {before: reference(pair, old), after: reference(pair, new)}
+    for request, completion in zip(requests(64), drawn, strict=True):
+        assert completion.finish_reason in ("stop", "length")
+        assert_mu_is_of_the_versions_that_drew(models, request, completion)
+    publish(engine, old)
+    assert engine.router.num_serving == 2
     engine.close()
 
 

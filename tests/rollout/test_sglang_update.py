@@ -6,12 +6,27 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
-from drpo_megatron.rollout.engine import SamplingParams
+from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
 from drpo_megatron.types import Completion
 from tests.orchestration import command
 from tests.rollout.conftest import Served
 from tests.rollout.test_sglang_engine import logprobs, publish, reference, requests, weights
+
+
+def assert_mu_is_of_the_versions_that_drew(
+    models: dict[int, torch.nn.Module], request: GenerationRequest, completion: Completion
+) -> None:
+    spans = completion.version_spans or ((completion.policy_version, len(completion.token_ids)),)
+    assert completion.policy_version == spans[0][0]
+    start = 0
+    for version, length in spans:
+        expected = logprobs(models[version], request.prompt_ids, completion.token_ids, 1.0)
+        part = slice(start, start + length)
+        assert completion.logprobs[part] == pytest.approx(expected[part], abs=1e-4)
+        start += length
+    assert start == len(completion.token_ids)
 
 
 def test_a_rollout_goes_on_across_an_update(sglang: Served) -> None:
@@ -36,15 +51,7 @@ def test_a_rollout_goes_on_across_an_update(sglang: Served) -> None:
     assert sorted(drawn) == list(range(32))
     models = {before: reference(sglang, old), after: reference(sglang, new)}
     for index, completion in drawn.items():
-        spans = completion.version_spans or ((completion.policy_version, len(completion.token_ids)),)
-        assert completion.policy_version == spans[0][0]
-        start = 0
-        for version, length in spans:
-            expected = logprobs(models[version], wanted[index].prompt_ids, completion.token_ids, 1.0)
-            part = slice(start, start + length)
-            assert completion.logprobs[part] == pytest.approx(expected[part], abs=1e-4)
-            start += length
-        assert start == len(completion.token_ids)
+        assert_mu_is_of_the_versions_that_drew(models, wanted[index], completion)
     assert any(c.version_spans and [v for v, _ in c.version_spans] == [before, after] for c in drawn.values())
     assert {before, after} == {completion.policy_version for completion in drawn.values()}
     assert engine.router.num_resent == engine.router.num_lost == 0
