@@ -38,6 +38,7 @@ from drpo_megatron.precision.recipes import environment as precision_environment
 
 _CALLS_AT_ONCE = 16
 """Of the engine in front of SGLang servers: rollouts of several steps, new weights in between, pings."""
+_RAY_ATTEMPTS = 4
 _OBJECT_STORE_BYTES = 512 * 2**20
 """Of our own Ray: holds a weight bucket, a rollout and little else; more than that spills to the disk."""
 
@@ -93,14 +94,7 @@ def _ray(config: Config, numbers: Numbers) -> Iterator[None]:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
             _wait_for_machines(config.cluster.num_machines, config.cluster.startup_timeout_s)
         else:
-            ray.init(
-                num_cpus=max(os.cpu_count() or 1, sum(numbers)),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                object_store_memory=_OBJECT_STORE_BYTES,
-                _temp_dir=temporary,
-            )
+            _start_ray(max(os.cpu_count() or 1, sum(numbers)), temporary)
         signal.signal(signal.SIGTERM, on_sigterm)  # ray.init takes it for itself.
         yield
     finally:
@@ -109,6 +103,24 @@ def _ray(config: Config, numbers: Numbers) -> Iterator[None]:
         signal.signal(signal.SIGINT, on_sigint)
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _start_ray(num_cpus: int, temporary: str | None) -> None:
+    """A Ray of our own. It allows itself 30 s to start (ray/_private/node.py:428), too few for a machine that is busy."""
+    for attempt in range(1, _RAY_ATTEMPTS + 1):
+        try:
+            ray.init(
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _temp_dir=temporary,
+            )
+            return
+        except Exception as error:
+            if "timed out during startup" not in str(error) or attempt == _RAY_ATTEMPTS:
+                raise
 
 
 def _wait_for_machines(wanted: int, timeout_s: float) -> None:
