@@ -59,7 +59,7 @@ def start(directory: Path, *arguments: str) -> subprocess.Popen[str]:
         )
 
 
-def finish(process: subprocess.Popen[str], directory: Path, timeout_s: float = 240.0) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], directory: Path, timeout_s: float = 900.0) -> tuple[int, str]:
     """Exit code and output."""
     try:
         code = process.wait(timeout_s)
@@ -72,7 +72,7 @@ def run(directory: Path, *arguments: str) -> tuple[int, str]:
     return finish(start(directory, *arguments), directory)
 
 
-def wait_for_step(process: subprocess.Popen[str], directory: Path, step: int, timeout_s: float = 180.0) -> None:
+def wait_for_step(process: subprocess.Popen[str], directory: Path, step: int, timeout_s: float = 600.0) -> None:
     """Until the run has logged this step."""
     deadline = time.monotonic() + timeout_s
     while not any(row["step"] >= step for row in metrics(directory / "run")):
