@@ -54,13 +54,11 @@ def owned_gradients(chunks: Sequence[Any], optimizer: Any, layout: Layout) -> It
                 yield parameter_class(name), gradient
 
 
-def squared_norms(gradients: Iterator[tuple[str, torch.Tensor]]) -> torch.Tensor:
+def squared_norms(gradients: Iterator[tuple[str, torch.Tensor]], device: torch.device) -> torch.Tensor:
     """FP64 [classes], summed over all ranks. Collective."""
     by_class: dict[str, list[torch.Tensor]] = {name: [] for name in CLASSES}
-    device = torch.device("cpu")
     for name, gradient in gradients:
         by_class[name].append(gradient)
-        device = gradient.device
     total = torch.zeros(len(CLASSES), dtype=torch.float64, device=device)
     for index, name in enumerate(CLASSES):
         if by_class[name]:

@@ -36,7 +36,8 @@ class Monitors:
         self, section: MonitorSection, chunks: Sequence[Any], low_precision: LowPrecision, layout: Layout
     ) -> None:
         self.section, self.chunks, self.low_precision, self.layout = section, chunks, low_precision, layout
-        self.probe = LayerProbe(low_precision.products, layout, next(chunks[0].parameters()).device)
+        self.device = next(chunks[0].parameters()).device
+        self.probe = LayerProbe(low_precision.products, layout, self.device)
 
     def before_backward(
         self, rollout: int | None, work: Work, backward: Backward, optimizer: Any
@@ -59,7 +60,7 @@ class Monitors:
         if rollout is None:
             return {}
         statistics = self.probe.statistics() if self._looks_into_layers(rollout) else {}
-        squares = squared_norms(owned_gradients(self.chunks, optimizer, self.layout)).tolist()
+        squares = squared_norms(owned_gradients(self.chunks, optimizer, self.layout), self.device).tolist()
         return statistics | {
             f"optim/grad_norm/{name}": Statistic.ratio(square**0.5, 1.0)
             for name, square in zip(CLASSES, squares, strict=True)
@@ -67,7 +68,9 @@ class Monitors:
         }
 
     def _looks_into_layers(self, rollout: int | None) -> bool:
-        return bool(self.low_precision.products) and _is_due(self.section.layers_every, rollout)
+        """Equal on all ranks, also on one whose layers are all kept."""
+        precision = self.low_precision.precision
+        return precision is not None and precision.emulated and _is_due(self.section.layers_every, rollout)
 
     def _compare(self, work: Work, backward: Backward, optimizer: Any) -> dict[str, Statistic]:
         """precision/gradient_cosine/<class or all> and precision/router_flips/<layer or mean>."""
@@ -78,7 +81,7 @@ class Monitors:
         self._clear()
         with self.low_precision.off(), self._choices() as high_choices:
             backward(work)
-        sums = torch.zeros(3, len(CLASSES), dtype=torch.float64, device=next(iter(low)).device)
+        sums = torch.zeros(3, len(CLASSES), dtype=torch.float64, device=self.device)
         high = owned_gradients(self.chunks, optimizer, self.layout)
         for a, (name, b) in zip(low, high, strict=True):
             products = torch.stack([torch.dot(a, b), torch.dot(a, a), torch.dot(b, b)])
@@ -110,7 +113,7 @@ class Monitors:
         counts = torch.zeros(2, self.low_precision.models[0].config.num_layers, dtype=torch.float64)
         for layer, choice in some.items():
             counts[:, layer] += torch.tensor([(choice != others[layer]).any(1).sum().item(), float(len(choice))])
-        counts = counts.to(next(self.chunks[0].parameters()).device)
+        counts = counts.to(self.device)
         dist.all_reduce(counts)
         shares = {layer: Statistic("mean", counts[:, layer].cpu()) for layer in counts[1].nonzero().flatten().tolist()}
         statistics = {f"precision/layer_{layer:02d}/router_flips": share for layer, share in shares.items()}

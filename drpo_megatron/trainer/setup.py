@@ -187,6 +187,7 @@ def build_model(config: Config, family: Family, hf_config: Any, layout: Layout, 
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=optimizer.overlap_grad_reduce,
         use_distributed_optimizer=optimizer.distributed,
+        fp8_param_gather=models[0].config.fp8_param,
     )
     chunks = [
         DistributedDataParallel(

@@ -22,6 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "delayed": {"train": {"name": "fp8-delayed"}},
     "noise": {"train": {"name": "noise", "size": 0.03}},
 }
+SHARED, RECOMPUTED = ("none", "mxfp8", "mxfp4-kept"), ("mxfp8", "delayed")
 
 
 def product_of(name: str) -> Any:
@@ -59,8 +60,8 @@ def test_a_product_and_its_gradients_are_those_of_the_rounded_operands(name: str
     torch.testing.assert_close(w.grad.double(), dw, rtol=1e-5, atol=1e-4)
 
 
-def steps(rank: int, world_size: int, hf_path: str, parallel: dict[str, Any], recomputes: tuple[str, ...]) -> Any:
-    """Of every case and recomputation: log-probs, metrics, gradients by HF name, and what the audit says."""
+def steps(rank: int, world_size: int, hf_path: str, parallel: dict[str, Any], runs: list[tuple[str, str]]) -> Any:
+    """Of every (case, recomputation): log-probs, metrics, gradients by HF name, and what the audit says."""
     from drpo_megatron.trainer.platform import activate
 
     activate("cpu")
@@ -73,20 +74,19 @@ def steps(rank: int, world_size: int, hf_path: str, parallel: dict[str, Any], re
         "optimizer": {"lr": 1e-3, "distributed": False, "clip_grad": 1e9},
     }
     found = {}
-    for case, precision in CASES.items():
-        for recompute in recomputes:
-            sections = {"trainer": section, "precision": precision, "model": {"recompute": recompute}}
-            trainer = Trainer(tiny_config(hf_path, parallel, **sections))
-            samples = samples_of_even_length()
-            logprobs = trainer.compute_logprobs(samples)
-            report = trainer.train_step(samples)
-            lines = audit_lines(trainer.low_precision.models, ("first", "last")) if case != "none" else []
-            with torch.no_grad():
-                for chunk in trainer.chunks:
-                    for parameter in chunk.parameters():
-                        parameter.copy_(parameter.main_grad)
-            gradients = {name: tensor.clone() for name, tensor in trainer.export_weights() if tensor is not None}
-            found[case, recompute] = (logprobs, report.metrics, gradients, lines)
+    for case, recompute in runs:
+        sections = {"trainer": section, "precision": CASES[case], "model": {"recompute": recompute}}
+        trainer = Trainer(tiny_config(hf_path, parallel, **sections))
+        samples = samples_of_even_length()
+        logprobs = trainer.compute_logprobs(samples)
+        report = trainer.train_step(samples)
+        lines = audit_lines(trainer.low_precision.models, ("first", "last")) if case != "none" else []
+        with torch.no_grad():
+            for chunk in trainer.chunks:
+                for parameter in chunk.parameters():
+                    parameter.copy_(parameter.main_grad)
+        gradients = {name: tensor.clone() for name, tensor in trainer.export_weights() if tensor is not None}
+        found[case, recompute] = (logprobs, report.metrics, gradients, lines)
     return found
 
 
@@ -101,8 +101,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """(one process, TP2 + SP x EP2) of a model whose sizes are multiples of 32 on every rank."""
     shape = dict(hidden_size=64, head_dim=32, moe_intermediate_size=64, initializer_range=0.1, num_hidden_layers=3)
     hf_path = str(save_checkpoint(tmp_path_factory.mktemp("moe"), tiny_moe_config(**shape)))
-    [single] = run_ranks(1, steps, hf_path, {}, ("none", "full"), timeout_s=600)
-    return single, run_ranks(2, steps, hf_path, TP2_EP2, ("none",), timeout_s=600)[0]
+    plain = [(case, "none") for case in CASES]
+    recomputed = [(case, "full") for case in RECOMPUTED]
+    [single] = run_ranks(1, steps, hf_path, {}, plain + recomputed, timeout_s=600)
+    return single, run_ranks(2, steps, hf_path, TP2_EP2, [(case, "none") for case in SHARED], timeout_s=600)[0]
 
 
 def distance(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
@@ -119,7 +121,7 @@ def test_every_recipe_moves_the_gradient_and_fewer_bits_move_it_more(runs: Any) 
     assert distances["mxfp8"] < distances["mxfp4-kept"], "8 bits everywhere against 4 bits in one layer of three"
 
 
-@pytest.mark.parametrize("case", ["none", "mxfp8", "mxfp4-kept"])
+@pytest.mark.parametrize("case", SHARED)
 def test_ranks_round_as_one_process_where_blocks_align(runs: Any, case: str) -> None:
     # Sums in another order differ by 1e-7, which now and then falls on the other side of a rounding, and so on. Blocks
     # of other numbers would make a difference as large as that to no rounding at all.
@@ -129,7 +131,7 @@ def test_ranks_round_as_one_process_where_blocks_align(runs: Any, case: str) -> 
     assert ranks[1]["objective/loss"] == pytest.approx(one[1]["objective/loss"], rel=1e-5 if case == "none" else 1e-2)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", RECOMPUTED)
 def test_recomputation_changes_nothing(runs: Any, case: str) -> None:
     """Delayed scaling included: a forward pass that is done twice counts once."""
     kept, recomputed = runs[0][case, "none"], runs[0][case, "full"]
