@@ -48,7 +48,8 @@ def phases(run: Path) -> dict[str, float]:
     """Median seconds of every phase of a step, and its share of the step."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["step"] > 0]
-    names = sorted({name for row in steps for name in row if name.startswith("time/")} - {"time/step_s"})
+    at_once = {f"time/{name}_s" for name in ("step", "wait_for_rollouts", "engines_idle", "overlap")}
+    names = {name for row in steps for name in row if name.startswith("time/") and name.endswith("_s")} - at_once
     total = sum(row["time/step_s"] for row in steps)
     shares = {name: sum(row.get(name, 0.0) for row in steps) / total for name in names}
     print(f"{len(steps)} steps of {run}")

@@ -248,7 +248,7 @@ class Loop:
         seconds = self.clock.lap()
         generating, training = seconds.get("generate", 0.0), seconds["train"]
         metrics = {f"time/{activity}_s": value for activity, value in seconds.items()}
-        metrics["time/engines_idle_s"] = seconds["step"] - generating - seconds.get("eval", 0.0)
+        metrics["time/engines_idle_s"] = max(0.0, seconds["step"] - generating - seconds.get("eval", 0.0))
         metrics["throughput/train_tokens_per_s"] = num_trained / training
         metrics |= self.gauges.read(num_trained, num_sequences, training)
         if generating:
