@@ -53,6 +53,11 @@ def megatron_to_hf(
     export = _Export.of(megatron, dtype, fp8)
     layout = export.layout if max_shard_bytes is None else export.layout.resharded(max_shard_bytes)
     infos, file_of = layout.tensors, layout.file_of
+    if ragged := sorted(name for name in export.quantised if any(n % block_fp8.BLOCK for n in infos[name].shape)):
+        say(
+            f"note: {len(ragged)} FP8 tensors have blocks that aren't full, such as {ragged[0]} "
+            f"{list(infos[ragged[0]].shape)}; SGLang wants multiples of {block_fp8.BLOCK}"
+        )
     with new_directory(out, num_bytes=layout.num_bytes, force=force) as scratch:
         copy_other_files(export.carried.directory, scratch)
         (scratch / TENSORS_FILE).unlink()
