@@ -18,16 +18,17 @@ MIN_LOSS = 0.05
 MARGIN = 0.02
 
 RULES = (
-    f"A run collapsed when its held-out accuracy at the end is below its best by more than {MIN_LOSS:.0%} and by more "
-    "than half of what it had gained over the accuracy before RL, or when a gradient that is not finite ended it.",
+    f"A run collapsed when its held-out accuracy at the end is below its best by more than {100 * MIN_LOSS:.0f} points "
+    "and by more than half of what it had gained over the accuracy before RL, or when a gradient that is not finite "
+    "ended it.",
     "Ratio methods collapse: reproduced when every FP8 cell of them collapses in more than half of its seeds and no "
     "full-precision cell does; not reproduced when no FP8 cell does; undecided otherwise.",
     "A method does not collapse: reproduced when none of its FP8 runs collapses; not reproduced when an FP8 cell does "
     "in more than half of its seeds; undecided otherwise.",
     "DRPO is at least as good: in every setting, full precision or FP8, final accuracy minus that of the best of the "
     "other methods (GRPO, SPO, DPPO; best by the mean over seeds, which favours them), paired by seed, with a 95 % t "
-    f"interval. Reproduced when every interval lies above -{MARGIN:.0%}; not reproduced when one lies below it; "
-    "undecided otherwise.",
+    f"interval. Reproduced when every interval lies above -{100 * MARGIN:.0f} points; not reproduced when one lies "
+    "below it; undecided otherwise.",
     f"With fewer than {MIN_SEEDS} finished seeds in any cell that a claim speaks of it is undecided; the verdict that "
     "the rule would give is named as a tendency.",
 )

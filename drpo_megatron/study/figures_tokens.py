@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 
 import matplotlib.pyplot as plt
 import torch
@@ -65,7 +66,8 @@ def _draw_curves(axis: Axes, results: Results, mu: float) -> None:
     behavior = torch.full_like(pi, mu).log()
     for row in results.row_names:
         for run in _runs(results, row)[:1]:
-            objective = build(run.config["objective"] | _WITHOUT_ENGINE)
+            with warnings.catch_warnings(action="ignore"):  # The study has warned of such a delta.
+                objective = build(run.config["objective"] | _WITHOUT_ENGINE)
             if objective.sequence_level or objective.num_topk:
                 continue
             for sign, style in ((1.0, "-"), (-1.0, "--")):
