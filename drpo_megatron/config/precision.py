@@ -53,7 +53,7 @@ class EarlyWarningSection(Section):
 class MonitorSection(Section):
     layers_every: NonNegativeInt = 10
     """Rollouts between looks into the quantised layers: amax, underflow, saturation and signal-to-noise of activations,
-    weights and gradients in one micro-batch. 0: never."""
+    weights and gradients in one micro-batch. Of emulated layers only. 0: never."""
     gradient_every: NonNegativeInt = 50
     """Rollouts between comparisons of the low-precision gradient of a micro-batch with its high-precision gradient, and
     of the experts that routers choose in both. Costs two more forward-backward passes of it. 0: never."""

@@ -104,6 +104,8 @@ def _annotation_text(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is types.NoneType:
         return "null"
+    if annotation is Ellipsis:
+        return "..."
     if origin is Annotated:
         return _annotation_text(arguments[0]) + _bounds_text(arguments[1:])
     if origin is Literal:
