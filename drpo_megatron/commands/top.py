@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
         while not _has_ended(directory):
             time.sleep(max(args.interval, 0.1))
             live.update(frame(directory), refresh=True)
+        live.update(frame(directory), refresh=True)
 
 
 def frame(directory: Path) -> RenderableType:
