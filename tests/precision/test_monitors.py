@@ -11,6 +11,7 @@ import torch
 
 from drpo_megatron.objectives import build
 from drpo_megatron.objectives.histograms import MU_EDGES, WEIGHT_EDGES, bin_names, weight_histograms
+from drpo_megatron.precision.layers import parameter_class
 from drpo_megatron.precision.quantize import FORMATS, fake_quantize
 from tests.distributed import run_ranks
 from tests.objectives.reference import make_inputs
@@ -113,6 +114,27 @@ def test_ranks_measure_what_one_process_measures(layout: str, hf_path: str) -> N
         one[0][0]["precision/gradient_cosine/all"], abs=0.02
     )
     assert ranks[0][0][0]["precision/weight/sqnr_db"] == pytest.approx(one[0][0]["precision/weight/sqnr_db"], abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("decoder.layers.0.self_attention.linear_qkv.weight", "qkv"),
+        ("decoder.layers.0.self_attention.in_proj.weight", "qkv"),
+        ("decoder.layers.0.self_attention.linear_qkv.layer_norm_weight", "norm"),
+        ("decoder.layers.0.self_attention.q_layernorm.weight", "norm"),
+        ("decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight", "expert_fc1"),
+        ("decoder.layers.0.mlp.experts.linear_fc2.weight3", "expert_fc2"),
+        ("decoder.layers.0.mlp.shared_experts.linear_fc1.weight", "fc1"),
+        ("decoder.layers.0.mlp.router.weight", "router"),
+        ("decoder.final_layernorm.weight", "norm"),
+        ("decoder.layers.0.self_attention.A_log", "other"),
+        ("embedding.word_embeddings.weight", "embedding"),
+        ("output_layer.weight", "head"),
+    ],
+)
+def test_every_parameter_has_a_class(name: str, expected: str) -> None:
+    assert parameter_class(name) == expected
 
 
 def test_operand_statistics_by_hand() -> None:
