@@ -13,7 +13,9 @@ from pathlib import Path
 
 
 @contextmanager
-def new_directory(target: str | Path, *, num_bytes: int = 0, force: bool = False) -> Iterator[Path]:
+def new_directory(
+    target: str | Path, *, num_bytes: int = 0, force: bool = False, source: Path | None = None
+) -> Iterator[Path]:
     """A directory to fill. It becomes `target` when the block ends without error, and is removed when it doesn't.
 
     A killed process leaves a hidden `.<name>.writing-*` beside the target, which the next writer of the same target
@@ -22,10 +24,13 @@ def new_directory(target: str | Path, *, num_bytes: int = 0, force: bool = False
     Args:
         num_bytes: what will be written. Checked against the free disk first.
         force: replace an existing target, which stays until the new one is whole.
+        source: what is read for it. It may not be the target, or lie in it: it would be lost.
 
-    Raises: ValueError if `target` exists (unless `force`), or the disk is too small, with both numbers.
+    Raises: ValueError if `target` exists (unless `force`) or holds `source`, or the disk is too small, with both numbers.
     """
     target = Path(target)
+    if source is not None and source.resolve().is_relative_to(target.resolve()):
+        raise ValueError(f"{target} can't be written while {source} is read from it; choose another directory")
     if target.exists() and not force:
         raise ValueError(f"{target} already exists; choose another directory, or --force to replace it")
     target.parent.mkdir(parents=True, exist_ok=True)

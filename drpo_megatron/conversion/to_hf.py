@@ -58,7 +58,7 @@ def megatron_to_hf(
             f"note: {len(ragged)} FP8 tensors have blocks that aren't full, such as {ragged[0]} "
             f"{list(infos[ragged[0]].shape)}; SGLang wants multiples of {block_fp8.BLOCK}"
         )
-    with new_directory(out, num_bytes=layout.num_bytes, force=force) as scratch:
+    with new_directory(out, num_bytes=layout.num_bytes, force=force, source=megatron) as scratch:
         copy_other_files(export.carried.directory, scratch)
         (scratch / TENSORS_FILE).unlink()
         if export.config != export.carried.config:

@@ -56,7 +56,7 @@ def hf_to_megatron(
     groups = _groups(parts)
     sizes = [sum(part.chunk.num_bytes for part in group) for group in groups]
     kept_bytes = sum(source.info(name).num_bytes for name in source.untrained)
-    with new_directory(out, num_bytes=sum(sizes) + kept_bytes, force=force) as scratch:
+    with new_directory(out, num_bytes=sum(sizes) + kept_bytes, force=force, source=hf) as scratch:
         keep_hf_files(
             source.checkpoint,
             scratch / FOLDER,

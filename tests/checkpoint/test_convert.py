@@ -292,6 +292,13 @@ def test_existing_output_is_replaced_only_by_force(model: Path, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_force_never_replaces_what_is_read(copy: Path, tmp_path: Path) -> None:
+    for out in (copy, copy.parent):
+        with pytest.raises(ValueError, match=r"can't be written while .*hf is read from it"):
+            hf_to_megatron(copy, out, force=True, say=silent)
+    assert HFCheckpoint(copy).names()
+
+
 def test_a_full_disk_is_seen_first(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))

@@ -168,8 +168,10 @@ def test_inspect_says_what_a_directory_holds(source: Path, tmp_path: Path, capsy
     assert "is neither a Hugging Face checkpoint" in capsys.readouterr().err
 
 
-def test_bad_input_exits_with_2_and_one_message(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", "hf-to-megatron", "--hf", str(source), "--out", str(source)]) == 2
+def test_bad_input_exits_with_2_and_one_message(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", "hf-to-megatron", "--hf", str(source), "--out", str(tmp_path)]) == 2
     assert "already exists; choose another directory, or --force to replace it" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["convert", "megatron-to-hf", "--megatron", "a", "--out", "b", "--max-shard-size", "5 apples"])
