@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from drpo_megatron.cli import main
 from drpo_megatron.doctor import gpus, machine, software
 from drpo_megatron.doctor.finding import Finding, examine
 from drpo_megatron.doctor.nodes import Report, odd_ones, read_reports
@@ -19,9 +21,9 @@ ROOT = Path(__file__).parents[2]
 DOCTOR = [sys.executable, "-m", "drpo_megatron.cli", "doctor"]
 
 
-def doctor(*arguments: str, stdin: str = "", python_path: str = "") -> tuple[int, str, str]:
+def doctor(*arguments: str, python_path: str = "") -> tuple[int, str, str]:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{python_path}"}
-    done = subprocess.run([*DOCTOR, *arguments], capture_output=True, text=True, input=stdin, env=environment)
+    done = subprocess.run([*DOCTOR, *arguments], capture_output=True, text=True, env=environment)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -29,7 +31,9 @@ def by_name(findings: list[Finding]) -> dict[str, Finding]:
     return {finding.name: finding for finding in findings}
 
 
-def test_two_real_reports_are_compared_and_the_odd_things_named(tmp_path: Path) -> None:
+def test_two_real_reports_are_compared_and_the_odd_things_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One with the other apex, a run directory of its own and no SGLang; all three are said, and nothing else."""
     (tmp_path / "site" / "apex").mkdir(parents=True)
     (tmp_path / "site" / "apex" / "__init__.py").write_text("")
@@ -41,8 +45,9 @@ def test_two_real_reports_are_compared_and_the_odd_things_named(tmp_path: Path) 
     assert code == 1 and error.startswith("error: 1 line(s) failed") and error.strip().endswith(": sglang")
     assert code_of_bad == 1 and error_of_bad.strip().endswith(": apex")
 
-    code, _, error = doctor("--compare", "-", stdin=f"srun: job 7 queued\n{first}1: {second}")
-    assert code == 1
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"srun: job 7 queued\n{first}1: {second}"))
+    assert main(["doctor", "--compare", "-"]) == 1
+    error = capsys.readouterr().err
     node = json.loads(first)["node"]
     lines = error.strip().splitlines()
     assert lines[0] == "error: 2 nodes, and they are not fit to run together:"
@@ -51,13 +56,14 @@ def test_two_real_reports_are_compared_and_the_odd_things_named(tmp_path: Path) 
     assert differ == ["apex", "run directory", "sglang"]
     assert any(f"apex fails on {node}#1" in line and "pip uninstall apex" in line for line in failed)
 
-    code, out, _ = doctor("--compare", "-", stdin=second.replace('"fail"', '"ok"') * 3)
-    assert (code, out) == (0, "3 nodes are alike, and nothing failed\n")
+    (tmp_path / "reports.jsonl").write_text(second.replace('"fail"', '"ok"') * 3)
+    assert main(["doctor", "--compare", str(tmp_path / "reports.jsonl")]) == 0
+    assert capsys.readouterr().out == "3 nodes are alike, and nothing failed\n"
 
 
-def test_this_machine_trains_on_its_cpu(tmp_path: Path) -> None:
-    code, out, _ = doctor("--run-dir", str(tmp_path), "--sglang-python", str(tmp_path / "none"))
-    assert code == 0
+def test_this_machine_trains_on_its_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--run-dir", str(tmp_path), "--sglang-python", str(tmp_path / "none")]) == 0
+    out = capsys.readouterr().out
     for text in (
         "ok    requirements",
         "ok    cpu platform",
