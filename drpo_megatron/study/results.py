@@ -67,7 +67,7 @@ SHIFT = Measure("all steps: mean abs(pi - mu)", "shift/abs_prob_shift/mean", sta
 GROUPS = (
     (
         "What was learnt",
-        "Accuracy on held-out problems, sampled as in training.",
+        "Accuracy on held-out problems, sampled as in training: by the engine in the cell's own rollout precision.",
         (
             BEFORE,
             BEST,

@@ -52,7 +52,7 @@ def accuracy_table(results: Results) -> Table:
     seeds = ", ".join(map(str, results.file.seeds))
     return Table(
         "Held-out accuracy at the end",
-        f"Mean ± standard deviation over seeds {seeds}; a dash: no finished run.",
+        f"Mean ± standard deviation over seeds {seeds}, in the cell's own rollout precision; a dash: no finished run.",
         [axes[0], *(column or "accuracy" for column in results.column_names)],
         rows,
     )
