@@ -189,7 +189,11 @@ def _mismatch_against_movement(results: Results) -> Figure | None:
 
 _PICTURES: tuple[tuple[str, str, Callable[[Results], Figure | None]], ...] = (
     ("Phase diagram", "Held-out accuracy at the end in %, mean over seeds.", _phase_diagram),
-    ("Held-out accuracy", "Sampled as in training, in the cell's own rollout precision.", _curves("eval/accuracy", share=True)),
+    (
+        "Held-out accuracy",
+        "Sampled as in training, in the cell's own rollout precision.",
+        _curves("eval/accuracy", share=True),
+    ),
     ("Reward", "Mean of each rollout.", _curves("reward/mean", share=True)),
     (
         "Mismatch against movement",
