@@ -34,7 +34,7 @@ def check_traces(samples: Sequence[Sample], routing: ExpertRouting, *, required:
             )
         ids = trace.ids()
         # A router never chooses an expert twice; rows that nobody filled in repeat one value.
-        if not (0 <= ids.min() and ids.max() < routing.num_experts) or np.any(ids[..., 1:] == ids[..., :-1]):
+        if ids.min() < 0 or ids.max() >= routing.num_experts or np.any(ids[..., 1:] == ids[..., :-1]):
             raise ValueError(
                 f"sample {sample.sample_id}: its routed experts are none: ids from {ids.min()} to {ids.max()}, "
                 f"{routing.experts_per_token} different ones of {routing.num_experts} in each row were expected; "
