@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 _PR_SET_PDEATHSIG = 1
+_MAX_CPU_RANKS = 64
 
 
 class _NoKernels(ModuleType):
@@ -36,6 +37,9 @@ class _NoKernels(ModuleType):
 
 def _prepare_cpu() -> Any:
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    # Cores of each rank. Otherwise it refuses more ranks than the machine has NUMA nodes.
+    all_cores = f"0-{(os.cpu_count() or 1) - 1}"
+    os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join([all_cores] * _MAX_CPU_RANKS))
     import torch
 
     # torchvision's own library is built for CUDA and can't be loaded beside a CPU torch; SGLang imports its Python part.
