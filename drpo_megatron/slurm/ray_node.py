@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 ADDRESS_FILE = "ray_address"
@@ -23,10 +24,8 @@ _UP_FILE = "ray_current_cluster"
 """Ray writes its address there, below its temporary directory, when it is up."""
 _LOGS = "session_latest/logs"
 """Kept when Ray ended by itself: `ray start` says that it failed, these say why."""
-_NUM_STARTS = 5
-"""Ray ends when one of its helpers takes more than 15 s to start (github.com/ray-project/ray/issues/65983), as it may where
-Python comes from a busy shared file system. The next start finds the files in memory."""
 _PATIENT = {"RAY_raylet_start_wait_time_s": "60"}
+"""Twice Ray's own patience, for a Python that comes from a busy shared file system."""
 _END_S = 20.0
 """How long Ray may take to end before it is killed."""
 
@@ -48,14 +47,17 @@ def run_node(job_dir: Path, node: str, *, is_head: bool, num_cpus: int, timeout_
         command.append(f"--address={address}")
     else:
         raise ValueError(f"Ray's head has not started: there is no {job_dir / ADDRESS_FILE}")
-    for start in range(_NUM_STARTS):
+    # Ray ends when a helper takes more than 15 s to start (github.com/ray-project/ray/issues/65983). The next start finds
+    # the helper's files in memory.
+    deadline = time.monotonic() + timeout_s
+    for start in count():
         with _started(command) as (ray, scratch):
             came_up = _serve(ray, scratch, ended, job_dir if is_head else None, timeout_s)
             if ended():
                 return 0
             with suppress(OSError):
                 shutil.copytree(scratch / _LOGS, job_dir / f"ray-{node}.{start}", ignore_dangling_symlinks=True)
-        if came_up:
+        if came_up or time.monotonic() > deadline:
             break
     return 1
 
