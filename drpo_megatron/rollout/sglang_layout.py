@@ -2,13 +2,11 @@
 
 SGLang keeps a checkpoint's tensors fused and cut: q, k and v in one matrix, gate and up in one, all experts of a layer
 in two, rows or columns shared between tensor-parallel ranks, the vocabulary padded, and on a CPU the MLPs' inner sizes,
-too. /weights_checker hashes those
-parameters, so here the exported tensors are fused, cut and hashed in the same way. On a CPU a hash is SHA-256.
+too. /weights_checker hashes those parameters, so here the exported tensors are fused, cut and hashed in the same way.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from drpo_megatron.config.hf_config import HFModelConfig
+from drpo_megatron.rollout.sglang_hash import cpu_hash, gpu_hash
 
 _VOCABULARY_MULTIPLE = 64
 _CPU_INNER_MULTIPLE = 32
@@ -41,6 +40,7 @@ class ServerChecksums:
 
     model: HFModelConfig
     tensor_parallel: int
+    on_gpu: bool = False
     _pieces: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
     _checksums: list[dict[str, str]] = field(default_factory=list)
 
@@ -79,16 +79,14 @@ class ServerChecksums:
         return name, 0, 1
 
     def _hash(self, name: str, pieces: list[torch.Tensor]) -> None:
+        hash_of = gpu_hash if self.on_gpu else cpu_hash
         for rank, checksums in enumerate(self._checksums):
-            digest = hashlib.sha256()
-            for part in self._shard(name, pieces, rank):
-                digest.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
-            checksums[name] = digest.digest()[:8].hex()
+            checksums[name] = hash_of(self._shard(name, pieces, rank))
 
     def _shard(self, name: str, pieces: list[torch.Tensor], rank: int) -> list[torch.Tensor]:
         """This rank's part of each piece; end to end they are the rank's parameter."""
         size, is_scale = self.tensor_parallel, name.endswith(_SCALE)
-        name, multiple = name.removesuffix(_SCALE), size * (1 if is_scale else _CPU_INNER_MULTIPLE)
+        name, multiple = name.removesuffix(_SCALE), size * (1 if is_scale or self.on_gpu else _CPU_INNER_MULTIPLE)
         if name.endswith("o_proj.weight"):
             return [piece.chunk(size, dim=1)[rank] for piece in pieces]
         if name.endswith(("w2_weight", "down_proj.weight")):

@@ -90,7 +90,10 @@ class WeightSender:
 
     def _begin(self) -> None:
         self.failures = []
-        self._open, some_are_new = self._answering()
+        answers = self._answers()
+        self._open = list(answers)
+        some_are_new = any(answer["weight_version"] == LAUNCHED for answer in answers.values())
+        on_gpu = any(answer["device"] != "cpu" for answer in answers.values())
         timeout_s = self.section.sync_timeout_s
 
         async def begin(client: SGLangClient) -> None:
@@ -104,21 +107,21 @@ class WeightSender:
                 await client.call("/begin_weight_update", timeout_s)
 
         self._everywhere(begin)
-        self._expected = ServerChecksums(self.model, self.section.tensor_parallel)
+        self._expected = ServerChecksums(self.model, self.section.tensor_parallel, on_gpu)
         try:
             self.transport.open(self._open, some_are_new)
         except BaseException:
             self._expected = None
             raise
 
-    def _answering(self) -> tuple[list[SGLangClient], bool]:
-        """The servers that are up, and whether one of them never took an update; waits for the first if none is up."""
+    def _answers(self) -> dict[SGLangClient, dict[str, Any]]:
+        """What the servers that are up say of themselves; waits for the first if none is up."""
         deadline = time.monotonic() + self.wait_for_server_s
         while True:
             answers = self.loop.run(_gather(self.clients, SGLangClient.info))
             up = {c: answer for c, answer in zip(self.clients, answers, strict=True) if isinstance(answer, dict)}
             if up:
-                return list(up), any(answer["weight_version"] == LAUNCHED for answer in up.values())
+                return up
             if time.monotonic() > deadline:
                 lines = "\n  ".join(str(answer) for answer in answers)
                 raise SyncFailed(f"no SGLang server answered within {self.wait_for_server_s:g} s:\n  {lines}")

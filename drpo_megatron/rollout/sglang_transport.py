@@ -202,10 +202,14 @@ class BroadcastTransport:
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = patience
-        self._group = dist.ProcessGroupGloo(store, 0, world_size, options)
-        for reply in joining:
-            reply.result()
         self._name, self._members = name, list(clients)
+        try:
+            self._group = dist.ProcessGroupGloo(store, 0, world_size, options)
+            for reply in joining:
+                reply.result()
+        except RuntimeError as error:
+            self.close()
+            raise BroadcastFailed(f"the servers and this process did not come together: {error}") from None
 
     def send(self, bucket: NamedTensors, clients: Sequence[SGLangClient]) -> Failed:
         """Raises BroadcastFailed when any server refuses the bucket or is lost; the others are freed of waiting."""
