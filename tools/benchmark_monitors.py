@@ -17,6 +17,7 @@ import json
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -97,6 +98,7 @@ def _rank(rank: int, args: argparse.Namespace, recipe: str, scratch: str) -> Non
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what ranks say has no place in the table.
     from drpo_megatron.config.precision import MonitorSection
     from drpo_megatron.config.sections import Config
     from drpo_megatron.objectives import diagnostics
