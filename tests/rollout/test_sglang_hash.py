@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ print(json.dumps([f"{gpu_tensor_hash(tensor, use_cg=False):016x}" for tensor in 
 """
 
 
-def test_the_gpu_hash_is_that_of_sglangs_kernel(tmp_path: object) -> None:
+def test_the_gpu_hash_is_that_of_sglangs_kernel(tmp_path: Path) -> None:
     if not PYTHON.exists():
         pytest.skip("SGLang's environment is not there; `make sglang-cpu` sets it up")
     command = [str(PYTHON), "-c", _THEIRS, str(tmp_path), json.dumps(_SIZES)]
