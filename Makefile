@@ -46,11 +46,14 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Two files at a time: most of a test's time is the start of a process, which uses one core.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: lint sglang-cpu
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint sglang-cpu
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 clean:
 	rm -rf $(VENV) $(SGLANG_VENV) data runs build *.egg-info

@@ -40,6 +40,7 @@ DATA = ["pyarrow>=17"]  # parquet, in which public data sets come
 TEST = [
     *DATA,
     "pytest>=8",  # the test runner
+    "pytest-xdist>=3.6",  # two test files at a time
     "hypothesis>=6.100",  # invariants of packing and objectives over random inputs
     "ruff>=0.9",  # lint
     "mypy>=1.13",  # types of the lower layers
