@@ -141,7 +141,7 @@ class _Pool:
         self.running.remove(attempt)
         record = attempt.record
         code = attempt.process.returncode
-        record.state = "done" if code == 0 and RunDirectory(attempt.run.path).summary_file.is_file() else "failed"
+        record.state = "done" if code == 0 and _has_finished(attempt.run) else "failed"
         if record.state == "failed":
             output = (attempt.run.path / OUTPUT_FILE).read_text(encoding="utf-8", errors="replace")
             record.error = [*output.splitlines()[-_ERROR_LINES:], f"(exit code {code})"]
@@ -167,7 +167,7 @@ class _Pool:
                     with suppress(psutil.NoSuchProcess):
                         child.kill()
                 attempt.process.wait()
-            attempt.record.state = "interrupted"
+            attempt.record.state = "done" if _has_finished(attempt.run) else "interrupted"
             self._close(attempt)
 
     def _close(self, attempt: _Attempt) -> None:
@@ -175,6 +175,10 @@ class _Pool:
         record.pid = record.pid_created = None
         record.seconds += time.monotonic() - attempt.began
         record.save(attempt.run.path)
+
+
+def _has_finished(run: Run) -> bool:
+    return RunDirectory(run.path).summary_file.is_file()
 
 
 def _children(pid: int) -> list[psutil.Process]:
