@@ -139,20 +139,13 @@ def _train_or_resume(args: argparse.Namespace) -> None:
 
 def _configure(args: argparse.Namespace) -> tuple[Config, RunDirectory | None]:
     """The checked configuration; with it the run directory to continue, if any."""
-    from drpo_megatron.config import load_config
     from drpo_megatron.config.checks import check_config
     from drpo_megatron.orchestration.run_directory import RunDirectory
 
-    file = args.arguments[0] if args.arguments and "=" not in args.arguments[0] else None
-    overrides = args.arguments[1:] if file else args.arguments
-    overrides += [f"rollout.from_dump={json.dumps(args.from_dump)}"] if args.from_dump else []
-    run = None
-    if args.resume:
-        run, config = RunDirectory.reopen(args.resume, Path(file) if file else None, overrides)
-    elif file:
-        config = load_config(file, overrides)
-    else:
-        raise ValueError("which run? give a YAML file, such as examples/quickstart.yaml, or --resume RUN_DIR")
+    from_dump = [f"rollout.from_dump={json.dumps(args.from_dump)}"] if args.from_dump else []
+    run, config = RunDirectory.from_arguments(
+        [*args.arguments, *from_dump], args.resume, example="examples/quickstart.yaml"
+    )
     for warning in check_config(config):
         print(f"warning: {warning}", file=sys.stderr)
     return config, run

@@ -88,22 +88,13 @@ def _submit(args: argparse.Namespace) -> None:
 
 def _prepare(args: argparse.Namespace) -> tuple[Config, RunDirectory | None, Job]:
     """Everything that can be wrong is found here. With --resume, also the run's directory."""
-    from drpo_megatron.config import load_config
     from drpo_megatron.config.checks import check_config
     from drpo_megatron.orchestration.run import read_inputs
     from drpo_megatron.orchestration.run_directory import RunDirectory, planned_path
     from drpo_megatron.slurm.files import MOUNTS_FILE, check_shared, read_mounts
     from drpo_megatron.slurm.layout import neighbours_note, on_nodes
 
-    file = args.arguments[0] if args.arguments and "=" not in args.arguments[0] else None
-    overrides = args.arguments[1:] if file else args.arguments
-    run = None
-    if args.resume:
-        run, config = RunDirectory.reopen(args.resume, Path(file) if file else None, overrides)
-    elif file:
-        config = load_config(file, overrides)
-    else:
-        raise ValueError("which run? give a YAML file, such as examples/qwen3_30b_a3b_bf16.yaml, or --resume RUN_DIR")
+    run, config = RunDirectory.from_arguments(args.arguments, args.resume, example="examples/qwen3_30b_a3b_bf16.yaml")
     nodes = _nodes(args, config)
     config = on_nodes(config, nodes)
     warnings = check_config(config)

@@ -98,6 +98,24 @@ class RunDirectory:
             )
         return run, config
 
+    @classmethod
+    def from_arguments(
+        cls, arguments: Sequence[str], resume: Path | None, example: str
+    ) -> tuple[RunDirectory | None, Config]:
+        """The configuration that a command line asks for, not checked yet; with `resume` the run's directory, too.
+
+        Args:
+            arguments: FILE KEY=VALUE ...; without FILE where a run is resumed.
+            example: a file to name when none was given.
+        """
+        file = arguments[0] if arguments and "=" not in arguments[0] else None
+        overrides = arguments[1:] if file else arguments
+        if resume is not None:
+            return cls.reopen(resume, Path(file) if file else None, overrides)
+        if file is None:
+            raise ValueError(f"which run? give a YAML file, such as {example}, or --resume RUN_DIR")
+        return None, load_config(file, overrides)
+
     def save_config(self, config: Config) -> None:
         save_config(config, self.config_file)
 
