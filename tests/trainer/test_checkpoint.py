@@ -49,7 +49,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Any]:
 def test_same_layout_continues_bitwise(saved: tuple[str, str, Any]) -> None:
     hf_path, checkpoint, (metrics, weights, version) = saved
     resumed_metrics, resumed_weights, resumed_version = run_ranks(2, train, hf_path, TP2EP2, checkpoint, None)[0]
-    assert resumed_metrics == metrics
+    assert resumed_metrics == pytest.approx(metrics, rel=0, abs=0, nan_ok=True)
     assert resumed_version == version == 2
     assert all(torch.equal(resumed_weights[name], weight) for name, weight in weights.items())
 

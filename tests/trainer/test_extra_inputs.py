@@ -177,5 +177,5 @@ def test_the_loss_is_dppos_with_the_kl_term(found: dict[str, Any], samples: list
 
 def test_a_resumed_run_has_the_same_reference_and_goes_on_bitwise(found: dict[str, Any]) -> None:
     assert found["resumed_reference"] == found["reference"]
-    assert found["resumed_third_step"] == found["third_step"]
+    assert found["resumed_third_step"] == pytest.approx(found["third_step"], rel=0, abs=0, nan_ok=True)
     assert all(torch.equal(found["resumed_weights"][name], weight) for name, weight in found["weights"].items())
