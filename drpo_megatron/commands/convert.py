@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from drpo_megatron.commands import BadInput, RunFailed
+from drpo_megatron.conversion.read_ahead import read_ahead
 
 _HELP = """\
 Convert checkpoints between Hugging Face and Megatron. Tensors are streamed: memory stays at a few times the largest
@@ -64,6 +65,7 @@ def add(commands: Any, style: dict[str, Any]) -> None:
 
 
 def _to_megatron(args: argparse.Namespace) -> None:
+    read_ahead(args.hf)
     with _bad_input():
         from drpo_megatron.conversion.to_megatron import hf_to_megatron
 
@@ -72,10 +74,12 @@ def _to_megatron(args: argparse.Namespace) -> None:
 
 def _to_hf(args: argparse.Namespace) -> None:
     with _bad_input():
+        megatron = megatron_files(args.megatron)
+        read_ahead(megatron)
         from drpo_megatron.conversion.to_hf import megatron_to_hf
 
         megatron_to_hf(
-            megatron_files(args.megatron),
+            megatron,
             args.out,
             dtype=_dtype(args.dtype),
             max_shard_bytes=args.max_shard_size,
