@@ -12,6 +12,7 @@ from pathlib import Path
 
 from drpo_megatron.config.hf_config import HFModelConfig, read_hf_config
 from drpo_megatron.config.objective import DRPOConfig, GSPOConfig, ImportedObjectiveConfig
+from drpo_megatron.config.placement_checks import placement_problems
 from drpo_megatron.config.problems import listed
 from drpo_megatron.config.sections import Config, ParallelSection
 from drpo_megatron.config.sglang_checks import sglang_problems
@@ -34,6 +35,7 @@ def check_config(config: Config) -> list[str]:
         *_rollout_problems(config),
         *_batch_problems(config),
         *_objective_problems(config),
+        *placement_problems(config),
     ]
     try:
         model = read_hf_config(config.model.hf_path)

@@ -178,12 +178,23 @@ class SGLangEngineSection(Section):
     max_restarts: NonNegativeInt = 5
     """Deaths in a row, each within a minute of the start, after which the run ends."""
     sync: Literal["disk", "distributed", "tensor"] = "distributed"
-    """How weights travel: by files that all servers can read; broadcast (gloo, NCCL on GPUs); by shared memory to
-    servers on the engine's machine."""
+    """How weights travel: by files that all servers can read; broadcast; by shared memory to servers on the engine's
+    machine."""
+    broadcast: Literal["gloo", "nccl"] = "gloo"
+    """Of sync=distributed. gloo: from the engine process's memory. nccl: from the GPU of rank 0, which it shares; needs
+    GPUs, and servers on others."""
     sync_dir: str | None = None
     """Of sync=disk. Whole weights stand in it twice for a moment. None: a temporary directory of the engine's machine."""
     sync_timeout_s: PositiveFloat = 600.0
     """A server that takes longer for a step of a weight update is left out until the next one."""
+
+    @property
+    def gpus_a_server(self) -> int:
+        return self.tensor_parallel * self.data_parallel
+
+    @property
+    def uses_nccl(self) -> bool:
+        return self.sync == "distributed" and self.broadcast == "nccl"
 
 
 EngineConfig = Annotated[TransformersEngineSection | SGLangEngineSection, Field(discriminator="name")]
@@ -307,6 +318,9 @@ class ClusterSection(Section):
     """None: a Ray of our own on this machine. `auto` or HOST:PORT joins a running one."""
     num_machines: PositiveInt = 1
     """How many machines of the cluster at ray_address the run waits for before it starts."""
+    placement: Literal["disaggregated", "colocated"] = "disaggregated"
+    """disaggregated: engines have GPUs of their own. colocated: SGLang servers stand on the ranks' GPUs; drawing and
+    training take turns, and the servers give their weights' and cache's memory back while the ranks train."""
     startup_timeout_s: PositiveFloat = 300.0
     """How long actors may take to start before the run ends with an error that names the one that did not."""
     step_timeout_s: PositiveFloat = 3600.0

@@ -18,6 +18,7 @@ _OWNED_FLAGS = {
     "api-key": "rollout.engine.api_key_file",
     "host": "rollout.engine.servers",
     "port": "rollout.engine.servers",
+    "enable-memory-saver": "cluster.placement",
 }
 """Flags of SGLang that are set from other keys."""
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
