@@ -1,12 +1,14 @@
 """Peak memory and speed of conversions against `cp` of the same files, in the same run.
 
-    python tools/benchmark_convert.py [--gigabytes 6.5] [--scratch DIR] [--json FILE]
+    python tools/benchmark_convert.py [--gigabytes 6.5] [--repeats 3] [--scratch DIR] [--json FILE]
 
 Makes a checkpoint of random weights in shards of 1 GB, as wide as Qwen3-30B-A3B and as deep as the size allows, and
 then, each time with the source out of the page cache and the target on the disk at the end (`sync`):
 
     cp -r         the checkpoint                 one copy before each conversion
     hf-to-megatron, megatron-to-hf               the command, as a process, from its start to its exit
+
+The whole is repeated, and medians are shown: a disk that others share is not equally fast twice.
 
 Peak memory is the kernel's word on the process (ru_maxrss), its libraries included. What comes back has to be the
 source, byte for byte. DIR needs three times the size; everything is removed from it again.
@@ -19,6 +21,7 @@ import filecmp
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -48,6 +51,7 @@ sys.exit(code)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=6.5, help="least size of the checkpoint (default 6.5)")
+    parser.add_argument("--repeats", type=int, default=3, help="times that everything is measured (default 3)")
     parser.add_argument("--scratch", type=Path, help="where to work (default: the system's temporary directory)")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     args = parser.parse_args()
@@ -55,37 +59,41 @@ def main() -> None:
         needed, free = int(args.gigabytes * 1.3e9) * 3, shutil.disk_usage(scratch).free
         if free < needed:
             parser.error(f"{scratch} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed; use --scratch")
-        figures = measure(Path(scratch), args.gigabytes * 1e9)
+        figures = measure(Path(scratch), args.gigabytes * 1e9, args.repeats)
     print(report(figures))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def measure(scratch: Path, least_bytes: float) -> dict[str, Any]:
-    """Seconds, bytes and peak memory by name."""
+def measure(scratch: Path, least_bytes: float, repeats: int) -> dict[str, Any]:
+    """Seconds, bytes and peak memory by name, a list of all repeats each."""
     source, megatron, back, copy = (scratch / name for name in ("source", "megatron", "back", "copy"))
     num_bytes = make_checkpoint(source, least_bytes)
-    figures: dict[str, Any] = {"num_bytes": num_bytes, "num_files": len(list(source.iterdir())), "conversions": {}}
-    for action, given, out in (
-        ("hf-to-megatron", ("--hf", source), megatron),
-        ("megatron-to-hf", ("--megatron", megatron), back),
-    ):
-        copy_s, _ = timed(["cp", "-r", source, copy], source, copy)
-        shutil.rmtree(copy)
-        seconds, peak_bytes = timed([sys.executable, TOOL, action, *given, "--out", out], Path(given[1]), out)
-        figures["conversions"][action] = {
-            "copy_s": copy_s,
-            "seconds": seconds,
-            "share_of_cp": copy_s / seconds,
-            "peak_bytes": peak_bytes,
-        }
+    conversions = {
+        "hf-to-megatron": (("--hf", source), megatron),
+        "megatron-to-hf": (("--megatron", megatron), back),
+    }
+    found: dict[str, Any] = {name: {"copy_s": [], "seconds": [], "peak_bytes": []} for name in conversions}
+    for _ in range(repeats):
+        for out in (megatron, back):
+            shutil.rmtree(out, ignore_errors=True)
+        for action, (given, out) in conversions.items():
+            copy_s, _ = timed(["cp", "-r", source, copy], source, copy)
+            shutil.rmtree(copy)
+            seconds, peak_bytes = timed([sys.executable, TOOL, action, *given, "--out", out], Path(given[1]), out)
+            for name, value in (("copy_s", copy_s), ("seconds", seconds), ("peak_bytes", peak_bytes)):
+                found[action][name].append(value)
+        require_equal(source, back)
+    return {"num_bytes": num_bytes, "num_files": len(list(source.iterdir())), "conversions": found}
+
+
+def require_equal(source: Path, back: Path) -> None:
     names = sorted(path.name for path in source.iterdir())
     if (
         names != sorted(path.name for path in back.iterdir())
         or filecmp.cmpfiles(source, back, names, False)[0] != names
     ):
         raise SystemExit(f"{back} differs from {source}")
-    return figures
 
 
 def make_checkpoint(directory: Path, least_bytes: float) -> int:
@@ -144,10 +152,12 @@ def report(figures: dict[str, Any]) -> str:
     num_bytes = figures["num_bytes"]
     lines = [f"checkpoint of {num_bytes / 1e9:.2f} GB in {figures['num_files']} files"]
     for action, found in figures["conversions"].items():
-        rates = {name: num_bytes / found[name] / 1e6 for name in ("copy_s", "seconds")}
+        copy_s, seconds = statistics.median(found["copy_s"]), statistics.median(found["seconds"])
+        shares = sorted(c / s for c, s in zip(found["copy_s"], found["seconds"], strict=True))
         lines.append(
-            f"  {action:15} {found['seconds']:6.1f} s {rates['seconds']:6.0f} MB/s    cp {found['copy_s']:6.1f} s "
-            f"{rates['copy_s']:6.0f} MB/s    {found['share_of_cp']:.2f} of cp    peak {found['peak_bytes'] / 1e9:.2f} GB"
+            f"  {action:15} {seconds:6.1f} s {num_bytes / seconds / 1e6:6.0f} MB/s    cp {copy_s:6.1f} s "
+            f"{num_bytes / copy_s / 1e6:6.0f} MB/s    {statistics.median(shares):.2f} of cp ({shares[0]:.2f} to "
+            f"{shares[-1]:.2f})    peak {max(found['peak_bytes']) / 1e9:.2f} GB"
         )
     return "\n".join(lines)
 

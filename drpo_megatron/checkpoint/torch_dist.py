@@ -17,7 +17,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +80,8 @@ class Chunk:
 class TorchDistWriter:
     """Writes a checkpoint into a new directory: `write` for every group of chunks, from any thread, then `finish`.
 
+    Files are not flushed to the disk.
+
     Args:
         groups: all chunks, by the file they go to. A file's tensors stay in memory until it is written.
     """
@@ -87,19 +89,22 @@ class TorchDistWriter:
     def __init__(self, directory: Path, groups: Sequence[Sequence[Chunk]]) -> None:
         self._directory = directory
         # No copies ahead: they would reorder the tensors by size, and belong to a GPU.
-        self._writer = FileSystemWriter(directory, per_thread_copy_ahead=0, sync_files=True)
+        self._writer = FileSystemWriter(directory, per_thread_copy_ahead=0, sync_files=False)
         plans = [SavePlan([_write_item(chunk) for chunk in group]) for group in groups]
         plans, self._metadata = create_default_global_save_plan(plans)
         self._plans = self._writer.prepare_global_plan(plans)
         self._results: list[list[WriteResult]] = [[] for _ in groups]
 
-    def write(self, group: int, resolve: Callable[[Box], torch.Tensor]) -> None:
+    def write(self, group: int, resolve: Callable[[Box], torch.Tensor]) -> Path:
         """Write a group's file. `resolve` gives each chunk's tensor, in the order of the group."""
         planner = _LazyValues(lambda item: resolve(_box_of(item)))
         self._results[group] = self._writer.write_data(self._plans[group], planner).wait()
+        return self._file_of(self._results[group])
 
-    def finish(self, objects: Sequence[str]) -> None:
-        """Write what makes the files a checkpoint. `objects` are keys of Megatron's per-module states, which are empty."""
+    def finish(self, objects: Sequence[str]) -> list[Path]:
+        """Write what makes the files a checkpoint: the new ones. `objects` are keys of Megatron's per-module states, which
+        are empty.
+        """
         nothing = io.BytesIO()
         torch.save([None], nothing)
         items = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in objects]
@@ -110,6 +115,10 @@ class TorchDistWriter:
         torch.save({}, self._directory / "common.pt")
         (self._directory / "metadata.json").write_text(json.dumps(_FORMAT))
         self._writer.finish(self._metadata, [*self._results, written])
+        return [*(self._directory / name for name in FORMAT_FILES), self._file_of(written)]
+
+    def _file_of(self, written: list[WriteResult]) -> Path:
+        return self._directory / written[0].storage_data.relative_path
 
 
 class TorchDistCheckpoint:
@@ -137,6 +146,11 @@ class TorchDistCheckpoint:
             for key, value in metadata.state_dict_metadata.items()
             if isinstance(value, TensorStorageMetadata)
         }
+        self._stored_whole = {
+            Box(key, tuple(chunk.offsets), tuple(chunk.sizes))
+            for key, tensor in self.tensors.items()
+            for chunk in tensor.chunks
+        }
         self._check_files(metadata)
 
     def shape(self, key: str) -> Shape:
@@ -148,7 +162,10 @@ class TorchDistCheckpoint:
     def read(self, box: Box, into: torch.Tensor) -> None:
         """Fill a tensor of the box's shape. Thread-safe. ValueError when chunks of the box are missing."""
         chunk = ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.size))
-        items = create_read_items_for_chunk_list(box.key, self.tensors[box.key], [chunk])
+        stored = self.tensors[box.key]
+        if box in self._stored_whole:  # As a rule. It spares the search through the chunks of thousands of experts.
+            stored = replace(stored, chunks=[chunk])
+        items = create_read_items_for_chunk_list(box.key, stored, [chunk])
         if sum(math.prod(item.lengths) for item in items) != box.numel:
             raise ValueError(f"{self.directory}: {box.key} at {list(box.offset)} is stored in part only")
         self._reader.read_data(LoadPlan(items), _Destination(into)).wait()

@@ -70,11 +70,12 @@ class ModelPlan:
     def read_parameter(self, checkpoint: TorchDistCheckpoint, rule: Rule) -> torch.Tensor:
         """A whole parameter; a padded vocabulary has the padding of one rank."""
         shape, pieces = self.parameter(rule)
-        tensor = torch.zeros(shape, dtype=checkpoint.dtype(pieces[0].box.key))
+        tensor = torch.empty(shape, dtype=checkpoint.dtype(pieces[0].box.key))
         for piece in pieces:
             target, box = piece.of(tensor), piece.box
             if piece.is_padded:
                 rows = min(box.size[0], checkpoint.shape(box.key)[0])
+                target[rows:] = 0
                 target, box = target[:rows], box._replace(size=(rows, *box.size[1:]))
             checkpoint.read(box, target)
         return tensor

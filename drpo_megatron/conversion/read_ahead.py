@@ -20,7 +20,8 @@ def read_ahead(directory: Path) -> None:
 
 def _ask(directory: Path) -> None:
     left = int(MAX_SHARE * psutil.virtual_memory().available)
-    for file in sorted([*directory.glob("*.safetensors"), *directory.glob("*.distcp")]):
+    files = [*directory.glob("*.safetensors"), *directory.glob("*.distcp")]
+    for file in sorted(files, key=lambda path: (len(path.name), path.name)):  # __2_0.distcp before __10_0.distcp.
         try:
             descriptor = os.open(file, os.O_RDONLY)
         except OSError:

@@ -4,8 +4,10 @@ where they belong in files whose headers are known beforehand."""
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,13 @@ import torch
 from drpo_megatron.checkpoint.atomic import new_directory
 from drpo_megatron.checkpoint.hf import copy_other_files
 from drpo_megatron.checkpoint.hf_files import FOLDER, TENSORS_FILE, CarriedFiles, FileLayout, write_config
-from drpo_megatron.checkpoint.safetensors_file import TensorInfo, create_file, flush_file, write_tensor
+from drpo_megatron.checkpoint.safetensors_file import TensorInfo, create_file, write_tensor
 from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 from drpo_megatron.conversion import fp8 as block_fp8
 from drpo_megatron.conversion.model import ModelPlan, differences
 from drpo_megatron.conversion.report import progress_bar
 from drpo_megatron.conversion.to_megatron import with_dtype
-from drpo_megatron.conversion.workers import run_tasks
+from drpo_megatron.conversion.workers import flushing, run_tasks
 from drpo_megatron.models.rules import HFTensor, Rule
 from drpo_megatron.precision.layers import quantised_names
 from drpo_megatron.precision.quantize import quantize_block128
@@ -52,7 +54,7 @@ def megatron_to_hf(
     """
     export = _Export.of(megatron, dtype, fp8)
     layout = export.layout if max_shard_bytes is None else export.layout.resharded(max_shard_bytes)
-    infos, file_of = layout.tensors, layout.file_of
+    infos = layout.tensors
     if ragged := sorted(name for name in export.quantised if any(n % block_fp8.BLOCK for n in infos[name].shape)):
         say(
             f"note: {len(ragged)} FP8 tensors have blocks that aren't full, such as {ragged[0]} "
@@ -63,34 +65,55 @@ def megatron_to_hf(
         (scratch / TENSORS_FILE).unlink()
         if export.config != export.carried.config:
             write_config(scratch, export.config)
-        for file, header in layout.headers.items():
-            create_file(scratch / file, header)
         total = sum(info.num_bytes for info in infos.values())
-        with progress_bar("to Hugging Face", total) as advance:
-
-            def write(name: str, tensor: torch.Tensor, index: int | None = None) -> None:
-                file = file_of[name]
-                write_tensor(scratch / file, layout.headers[file], name, tensor.to(infos[name].dtype), index)
-                advance(infos[name].num_bytes if index is None else infos[name].num_bytes // infos[name].shape[0])
+        with progress_bar("to Hugging Face", total) as advance, flushing() as flush:
+            output = _Output(scratch, layout, advance, flush)
 
             def convert(rule: Rule) -> None:
                 for hf, tensor in zip(rule.hf, export.model.read(export.source, rule), strict=True):
                     if hf.name in export.quantised:
                         values, scale_inv = quantize_block128(tensor)
-                        write(hf.name, values)
-                        write(block_fp8.scale_name(hf.name), scale_inv)
+                        output.write(hf.name, values)
+                        output.write(block_fp8.scale_name(hf.name), scale_inv)
                     else:
-                        write(hf.name, tensor, None if hf.slice is None else hf.slice.index)
+                        output.write(hf.name, tensor, None if hf.slice is None else hf.slice.index)
                     for copy in (name for name in rule.hf_copies if name in infos):
-                        write(copy, tensor)
+                        output.write(copy, tensor)
 
-            run_tasks(export.model.rules, convert, export.num_bytes_needed)
+            # From two places of the model at once: workers wait for one another where they write to the same file.
+            half = len(export.model.rules) // 2
+            pairs = zip_longest(export.model.rules[half:], export.model.rules[:half])
+            run_tasks([rule for pair in pairs for rule in pair if rule], convert, export.num_bytes_needed)
             for name in export.untrained:
-                write(name, export.carried.untrained(name))
-        for file in layout.headers:
-            flush_file(scratch / file)
+                output.write(name, export.carried.untrained(name))
         layout.write_index(scratch)
     say(f"{out}: {len(layout.headers)} files, {total:,} bytes of tensors")
+
+
+class _Output:
+    """The files, made at once and filled in any order, by several threads. A full one goes to the disk."""
+
+    def __init__(
+        self, directory: Path, layout: FileLayout, advance: Callable[[int], None], flush: Callable[[Path], None]
+    ) -> None:
+        self._directory, self._layout, self._advance, self._flush = directory, layout, advance, flush
+        self._infos, self._file_of = layout.tensors, layout.file_of
+        self._lock, self._bytes_left = threading.Lock(), dict[str, int]()
+        for file, header in layout.headers.items():
+            create_file(directory / file, header)
+            self._bytes_left[file] = sum(info.num_bytes for info in header.tensors.values())
+
+    def write(self, name: str, tensor: torch.Tensor, index: int | None = None) -> None:
+        """A tensor, in the dtype of the file, or `tensor[index]` of it."""
+        file, info = self._file_of[name], self._infos[name]
+        write_tensor(self._directory / file, self._layout.headers[file], name, tensor.to(info.dtype), index)
+        num_bytes = info.num_bytes if index is None else info.num_bytes // info.shape[0]
+        self._advance(num_bytes)
+        with self._lock:
+            self._bytes_left[file] -= num_bytes
+            is_full = not self._bytes_left[file]
+        if is_full:
+            self._flush(self._directory / file)
 
 
 @dataclass(frozen=True, slots=True)

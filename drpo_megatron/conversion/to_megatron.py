@@ -15,7 +15,7 @@ from drpo_megatron.checkpoint.safetensors_file import TensorInfo
 from drpo_megatron.checkpoint.torch_dist import Box, Chunk, TorchDistWriter
 from drpo_megatron.conversion.report import progress_bar
 from drpo_megatron.conversion.source import HFSource
-from drpo_megatron.conversion.workers import run_tasks
+from drpo_megatron.conversion.workers import flushing, run_tasks
 from drpo_megatron.models.rules import Rule
 from drpo_megatron.trainer.pieces import Piece
 
@@ -65,14 +65,15 @@ def hf_to_megatron(
             source.untrained,
         )
         writer = TorchDistWriter(scratch, [[part.chunk for part in group] for group in groups])
-        with progress_bar("to Megatron", sum(sizes)) as advance:
+        with progress_bar("to Megatron", sum(sizes)) as advance, flushing() as flush:
 
             def write(index: int) -> None:
-                writer.write(index, _Values(source, groups[index]))
+                flush(writer.write(index, _Values(source, groups[index])))
                 advance(sizes[index])
 
             run_tasks(range(len(groups)), write, lambda index: 2 * sizes[index])
-        writer.finish(source.model.checkpoint.objects)
+            for file in writer.finish(source.model.checkpoint.objects):
+                flush(file)
     say(f"{out}: {len(groups) + 1} files, {sum(sizes):,} bytes of weights, loadable in any layout")
 
 

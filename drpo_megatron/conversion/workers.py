@@ -1,12 +1,17 @@
-"""Many small tasks by a few threads, within a limit of memory."""
+"""Many small tasks by a few threads, within a limit of memory, and files that reach the disk beside them."""
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
+
+from drpo_megatron.checkpoint.safetensors_file import flush_file
 
 Task = TypeVar("Task")
 
@@ -43,7 +48,7 @@ def run_tasks(
                 free += needed
                 has_room.notify_all()
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="convert") as pool:
+    with _frozen_objects(), ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="convert") as pool:
         futures = [pool.submit(run, task) for task in tasks]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -54,3 +59,34 @@ def run_tasks(
             pool.shutdown(wait=True, cancel_futures=True)
     for future in done:
         future.result()
+
+
+@contextmanager
+def flushing() -> Iterator[Callable[[Path], None]]:
+    """A function that takes finished files, from any thread, and writes them to the disk beside the work that goes on.
+
+    At the end of the block all of them are there. Raises OSError there when one could not be written.
+    """
+    flushed: list[Future[None]] = []
+    with ThreadPoolExecutor(1, thread_name_prefix="flush") as pool:
+        try:
+            yield lambda file: flushed.append(pool.submit(flush_file, file))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    for flush in flushed:
+        flush.result()
+
+
+@contextmanager
+def _frozen_objects() -> Iterator[None]:
+    """What torch, Megatron and the plan of a model consist of stays: the garbage collector need not look at it again."""
+    was_enabled = gc.isenabled()
+    gc.freeze()
+    gc.enable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if not was_enabled:
+            gc.disable()

@@ -89,7 +89,7 @@ class Layout(Protocol):
         ...
 
     def merge(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The HF tensors, given the shards in rank order (one, if `axis` is None). Shares no memory with them."""
+        """The HF tensors, given the shards in rank order (one, if `axis` is None). May share memory with them."""
         ...
 
 
@@ -117,7 +117,7 @@ class Replicated:
         return tensors[0]
 
     def merge(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return (shards[0].clone(),)
+        return (shards[0],)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class Split:
         return _slice(tensors[0], self.axis, rank, size)
 
     def merge(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return (torch.cat(list(shards), dim=self.axis),)
+        return (_joined(shards, self.axis),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ class GroupedQKV:
         return _slice(torch.cat(grouped, dim=1).flatten(0, 1), 0, rank, size)
 
     def merge(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        whole = torch.cat(list(shards))
+        whole = _joined(shards)
         grouped = whole.reshape(self.num_groups, -1, *whole.shape[1:])
         q_rows = grouped.shape[1] - 2 * self.head_dim
         parts = grouped.split([q_rows, self.head_dim, self.head_dim], dim=1)
@@ -199,7 +199,7 @@ class Sections:
     def merge(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         sizes = [rows // len(shards) for tensor in self.rows for rows in tensor]
         by_section = zip(*(shard.split(sizes) for shard in shards), strict=True)
-        return tuple(torch.cat([part for _ in rows for part in next(by_section)]) for rows in self.rows)
+        return tuple(_joined([part for _ in rows for part in next(by_section)]) for rows in self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ class GateUp:
 
     def merge(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         halves = [shard.chunk(2) for shard in shards]
-        return tuple(torch.cat(parts) for parts in zip(*halves, strict=True))
+        return tuple(_joined(parts) for parts in zip(*halves, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +238,12 @@ class Vocabulary:
     def merge(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         rows = shards[0].shape[0]
         live = [shard[: max(0, self.vocab_size - rank * rows)] for rank, shard in enumerate(shards)]
-        return (torch.cat(live),)
+        return (_joined(live),)
+
+
+def _joined(parts: Sequence[torch.Tensor], axis: int = 0) -> torch.Tensor:
+    """One part as it is: of a large model every copy counts."""
+    return torch.cat(list(parts), dim=axis) if len(parts) > 1 else parts[0]
 
 
 def _slice(tensor: torch.Tensor, axis: int, rank: int, size: int) -> torch.Tensor:

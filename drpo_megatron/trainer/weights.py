@@ -87,9 +87,18 @@ def _merged(
 ) -> Iterator[tuple[HFTensor, torch.Tensor | None]]:
     for rule in shards.rules:
         gathered = shards.gather(rule, dtype, everywhere)
-        tensors = rule.layout.merge(gathered.unbind()) if gathered is not None else (None,) * len(rule.hf)
+        if gathered is None:
+            yield from ((hf, None) for hf in rule.hf)
+            continue
+        own = _storage(shards.parameters[rule.key]) if rule.key in shards.parameters else None
+        tensors = rule.layout.merge(gathered.unbind())
         del gathered
-        yield from zip(rule.hf, tensors, strict=True)
+        for hf, tensor in zip(rule.hf, tensors, strict=True):
+            yield hf, tensor.clone() if _storage(tensor) == own else tensor
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 class _Place(NamedTuple):

@@ -63,9 +63,7 @@ def test_every_tensor_comes_back_bit_identical(config: Any, size: int) -> None:
         assert len({shard.shape for shard in shards}) == 1
         merged = rule.layout.merge(shards)
         assert all(torch.equal(a, b) for a, b in zip(merged, tensors, strict=True)), rule.key
-        pointers = {tensor.untyped_storage().data_ptr() for tensor in [*shards, *tensors]}
         assert all(tensor.is_contiguous() for tensor in merged)
-        assert not any(tensor.untyped_storage().data_ptr() in pointers for tensor in merged), rule.key
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
