@@ -125,6 +125,13 @@ class TrainerRank(ProcessActor):
         torch.cuda.reset_peak_memory_stats()
         return peak / 2**20
 
+    def release_cached_memory(self) -> None:
+        """Of the GPU: what torch has allocated and nothing uses now."""
+        import torch
+
+        if self.trainer.platform.name == "gpu":
+            torch.cuda.empty_cache()
+
     def start_profile(self) -> None:
         from drpo_megatron.trainer.profile import Profiler
 
@@ -206,18 +213,24 @@ class TrainerRank(ProcessActor):
 
 
 class ServerActor(ProcessActor):
-    """Keeps one SGLang server up, on the GPUs that Ray gave it. The server ends with this process."""
+    """Keeps one SGLang server up, on the GPUs that it is told. The server ends with this process."""
 
     keeper: ServerKeeper | None = None
 
-    def start(self, config: Config, log_file: Path) -> Endpoint:
+    def start(self, config: Config, log_file: Path, gpus: Sequence[int]) -> Endpoint:
         """Returns when the server is ready. ServerFailure, with the end of its log, when it does not start."""
         from drpo_megatron.rollout.sglang_server import ServerKeeper, SGLangServer, server_dtype, server_flags
 
         section, hf_path = config.rollout.engine, config.model.hf_path
-        device = "cuda" if ray.get_gpu_ids() else "cpu"
-        replays = config.trainer.routing_replay != "off"
-        flags = server_flags(hf_path, section, server_dtype(section, hf_path), device, routed_experts=replays)
+        device = f"cuda:{','.join(map(str, gpus))}" if gpus else "cpu"
+        flags = server_flags(
+            hf_path,
+            section,
+            server_dtype(section, hf_path),
+            device,
+            routed_experts=config.trainer.routing_replay != "off",
+            releases_memory=config.cluster.placement == "colocated",
+        )
         if config.precision.rolls_out_quantized:
             from drpo_megatron.conversion.fp8 import server_flags as fp8_flags
 
@@ -227,6 +240,15 @@ class ServerActor(ProcessActor):
         self.keeper = ServerKeeper(server, section, config.cluster.startup_timeout_s)
         self.keeper.start()
         return server.endpoint
+
+    def hold_restarts(self) -> None:
+        """A server that ends is not started again until `allow_restarts`. Waits for a start that is underway."""
+        if self.keeper is not None:
+            self.keeper.hold()
+
+    def allow_restarts(self) -> None:
+        if self.keeper is not None:
+            self.keeper.let_go()
 
     def is_alive(self) -> bool:
         """Raises ServerFailure when the server is down for good."""
@@ -288,6 +310,13 @@ class EngineActor(ProcessActor):
 
         if isinstance(self.engine, TransformersEngine):
             self.engine.round_activations(is_on)
+
+    def release_memory(self) -> None:
+        """Of SGLang servers on the GPUs of ranks, which have it until the next weights are published."""
+        from drpo_megatron.rollout.sglang_engine import SGLangEngine
+
+        assert isinstance(self.engine, SGLangEngine)
+        self.engine.release_memory()
 
     def load_weights(self, bucket: Bucket) -> None:
         self.engine.load_weights(bucket)

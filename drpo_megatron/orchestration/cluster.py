@@ -16,15 +16,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from drpo_megatron.config import Config
 from drpo_megatron.config.sections import SGLangEngineSection
 from drpo_megatron.orchestration.actors import EngineActor, RewardActor, ServerActor, TrainerRank
 from drpo_megatron.orchestration.clock import Clock
+from drpo_megatron.orchestration.placement import (
+    Numbers,
+    Spot,
+    engine_spot,
+    gpus_a_server,
+    is_colocated,
+    rank_spots,
+    ranks_have_gpus,
+)
 from drpo_megatron.orchestration.workers import (
     ActorGroup,
     Call,
@@ -41,24 +48,6 @@ _CALLS_AT_ONCE = 16
 _RAY_ATTEMPTS = 4
 _OBJECT_STORE_BYTES = 512 * 2**20
 """Of our own Ray: holds a weight bucket, a rollout and little else; more than that spills to the disk."""
-
-
-class Numbers(NamedTuple):
-    """How many processes of each kind a run has."""
-
-    ranks: int
-    engines: int
-    rewards: int
-    servers: int
-
-    @classmethod
-    def of(cls, config: Config, trains: bool) -> Numbers:
-        ranks, engine = config.parallel.num_ranks if trains else 0, config.rollout.engine
-        if config.rollout.from_dump is not None:
-            return cls(ranks, 0, 0, 0)
-        if isinstance(engine, SGLangEngineSection):  # One process speaks to all servers.
-            return cls(ranks, 1, 1, 0 if engine.servers else engine.num_engines)
-        return cls(ranks, engine.num_engines, 1, 0)
 
 
 @contextmanager
@@ -135,134 +124,119 @@ def _wait_for_machines(wanted: int, timeout_s: float) -> None:
 
 
 def _start(config: Config, numbers: Numbers, logs: Path, say: Callable[[str], None]) -> Workers:
-    num_ranks, num_engines, num_rewards, num_servers = numbers
     nouns = ("trainer rank", "engine", "reward process", "SGLang server")
     say(f"starting {', '.join(_count(n, noun) for n, noun in zip(numbers, nouns, strict=True) if n)} ...")
     started, timeout_s = time.monotonic(), config.cluster.startup_timeout_s
-    on_gpu = _ranks_have_gpus(config, numbers)
-    spare_gpus = int(ray.cluster_resources().get("GPU", 0)) - num_ranks
-    engines_on_gpu = on_gpu and not num_servers and spare_gpus >= num_engines
-    supervisor = Supervisor()
+    workers = launch(config, numbers, logs)
+    ranks, supervisor = workers.ranks.processes, workers.ranks.supervisor
+    for process in supervisor.processes:
+        process.actor.open_log.remote(process.log_file)
+    for rank in ranks:
+        rank.actor.import_trainer.remote()
 
-    def launch(
-        actor_class: type,
-        name: str,
-        log: str,
-        environment: dict[str, str],
-        num_gpus: int = 0,
-        machine: str | None = None,
-        num_threads: int = 1,
+    starting = [(p, p.actor.start.remote(config, p.log_file, p.gpus)) for p in workers.servers.processes]
+    endpoints = [ref for _, ref in starting]  # Ray starts the engine when they are there.
+    starting += [(p, p.actor.start.remote(config, *endpoints)) for p in workers.engines.processes]
+    starting += [(p, p.actor.start.remote(config)) for p in workers.rewards.processes]
+    if workers.take_turns:  # A server takes its share of the memory that is free at its start: ranks come after it.
+        supervisor.wait(starting, timeout_s)
+        workers.give_memory_to_ranks()
+        starting = []
+    if ranks:
+        starting += _start_ranks(config, ranks, supervisor)
+    supervisor.wait(starting, timeout_s)
+    say(f"all processes are up after {time.monotonic() - started:.0f} s; their output is in {logs}")
+    return workers
+
+
+def launch(config: Config, numbers: Numbers, logs: Path) -> Workers:
+    """All processes of the run in their places, none of them started.
+
+    Raises: ValueError when the cluster is too small; ProcessFailure when a process isn't there in time.
+    """
+    supervisor, timeout_s = Supervisor(), config.cluster.startup_timeout_s
+    on_gpu, takes_turns = ranks_have_gpus(config, numbers), is_colocated(config, numbers)
+
+    def add(
+        actor_class: type, name: str, log: str, environment: dict[str, str], spot: Spot, num_threads: int = 1
     ) -> Process:
         actor = ray.remote(actor_class).options(
-            num_cpus=1,
-            num_gpus=num_gpus,
+            num_cpus=spot.num_cpus,
+            num_gpus=spot.num_gpus,
             max_restarts=0,
             max_concurrency=num_threads,
             runtime_env={"env_vars": environment},
-            scheduling_strategy=NodeAffinitySchedulingStrategy(machine, soft=False) if machine else "SPREAD",
+            scheduling_strategy=spot.strategy,
         )
         process = Process(name, actor.remote(os.getcwd()), (logs / f"{log}.log").absolute())
         supervisor.processes.append(process)
         return process
 
+    def find(processes: list[Process]) -> None:
+        places = supervisor.wait([(p, p.actor.place.remote()) for p in processes], timeout_s)
+        for process, place in zip(processes, places, strict=True):
+            process.place = place
+
     rank_environment = _rank_environment(config, on_gpu)
+    spots = rank_spots(config, numbers, on_gpu)
     ranks = [
-        launch(TrainerRank, f"trainer rank {r}", f"trainer-rank{r}", rank_environment, int(on_gpu), machine)
-        for r, machine in enumerate(_machines_of_ranks(num_ranks, on_gpu))
+        add(TrainerRank, f"trainer rank {r}", f"trainer-rank{r}", rank_environment, spot)
+        for r, spot in enumerate(spots)
     ]
-    if on_gpu:  # Only then may engines have GPUs: of what the ranks left.
-        supervisor.wait([(p, p.actor.place.remote()) for p in ranks], timeout_s)
-    engine_environment = _environment(config.rollout.engine.num_threads)
+    if on_gpu or takes_turns:  # Others get what the ranks leave, or stand beside them.
+        find(ranks)
+        spots = _number_by_machine(ranks, spots)
+
+    engine_environment = _engine_environment(config)
     calls_at_once = _CALLS_AT_ONCE if isinstance(config.rollout.engine, SGLangEngineSection) else 1
+    spot = engine_spot(config, numbers, on_gpu, spots)
     engines = [
-        launch(
-            EngineActor,
-            f"engine {i}",
-            f"engine-{i}",
-            engine_environment,
-            int(engines_on_gpu),
-            num_threads=calls_at_once,
-        )
-        for i in range(num_engines)
+        add(EngineActor, f"engine {i}", f"engine-{i}", engine_environment, spot, calls_at_once)
+        for i in range(numbers.engines)
     ]
-    rewards = [launch(RewardActor, "rewards", "rewards", _environment(1)) for _ in range(num_rewards)]
-
-    gpus_each = _gpus_a_server(config) if on_gpu else 0
+    rewards = [add(RewardActor, "rewards", "rewards", _environment(1), Spot()) for _ in range(numbers.rewards)]
+    each = gpus_a_server(config)
     servers = [
-        launch(ServerActor, f"server {i}", f"server-{i}", engine_environment, gpus_each) for i in range(num_servers)
+        add(
+            ServerActor,
+            f"server {i}",
+            f"server-{i}",
+            engine_environment,
+            spots[i * each].beside() if takes_turns else Spot(num_gpus=each if on_gpu else 0),
+        )
+        for i in range(numbers.servers)
     ]
-
-    processes = [*ranks, *engines, *rewards, *servers]
-    places = supervisor.wait([(p, p.actor.place.remote()) for p in processes], timeout_s)
-    for process, place in zip(processes, places, strict=True):
-        process.place = place
-    _number_by_machine(ranks)
-    for process in processes:
-        process.actor.open_log.remote(process.log_file)
-
-    starting = [(p, p.actor.start.remote(config, p.log_file)) for p in servers]
-    endpoints = [ref for _, ref in starting]  # Ray starts the engine when they are there.
-    starting += [(p, p.actor.start.remote(config, *endpoints)) for p in engines]
-    starting += [(p, p.actor.start.remote(config)) for p in rewards]
-    if ranks:
-        starting += _start_ranks(config, ranks, supervisor)
-    supervisor.wait(starting, timeout_s)
-    say(f"all processes are up after {time.monotonic() - started:.0f} s; their output is in {logs}")
-    return Workers(ActorGroup(ranks, supervisor), EngineGroup(engines, supervisor), RewardGroup(rewards, supervisor))
+    find(supervisor.processes)
+    _number_by_machine(ranks, spots)
+    if takes_turns:
+        for i, server in enumerate(servers):
+            server.stand_on(ranks[i * each : (i + 1) * each])
+    return Workers(
+        ActorGroup(ranks, supervisor),
+        EngineGroup(engines, supervisor),
+        RewardGroup(rewards, supervisor),
+        ActorGroup(servers, supervisor),
+        takes_turns,
+    )
 
 
 def _start_ranks(config: Config, ranks: list[Process], supervisor: Supervisor) -> list[Call]:
-    for rank in ranks:
-        rank.actor.import_trainer.remote()
     host = ranks[0].place.address if config.cluster.ray_address and ranks[0].place else "127.0.0.1"
     opened = ranks[0].actor.open_store.remote(host, len(ranks))
     [port] = supervisor.wait([(ranks[0], opened)], config.cluster.startup_timeout_s)
     return [(p, p.actor.start.remote(config, r, host, port)) for r, p in enumerate(ranks)]
 
 
-def _machines_of_ranks(num_ranks: int, on_gpu: bool) -> list[str]:
-    """Ray's name of the machine of each rank. On GPUs they fill one machine after the other, so that whole machines are
-    left for engines of several GPUs; on CPUs every machine gets the same share.
+def _number_by_machine(ranks: list[Process], spots: list[Spot]) -> list[Spot]:
+    """Neighbouring ranks (tensor and expert parallel groups) by machine and GPU: Ray hands out GPUs anyhow.
+
+    Returns the spots in the new order.
     """
-    machines = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeName"])
-    if not on_gpu:
-        return [machines[r * len(machines) // num_ranks]["NodeID"] for r in range(num_ranks)]
-    slots = [node["NodeID"] for node in machines for _ in range(int(node["Resources"].get("GPU", 0)))]
-    return slots[:num_ranks]
-
-
-def _number_by_machine(ranks: list[Process]) -> None:
-    """Neighbouring ranks (tensor and expert parallel groups) by machine and GPU: Ray hands out GPUs anyhow."""
-    placed = sorted(((p.actor, p.place) for p in ranks), key=lambda item: (item[1].address, item[1].gpus))
-    for process, (actor, place) in zip(ranks, placed, strict=True):
+    placed = [(p.actor, p.place, spot) for p, spot in zip(ranks, spots, strict=True)]
+    placed.sort(key=lambda item: (item[1].address, item[1].gpus))
+    for process, (actor, place, _) in zip(ranks, placed, strict=True):
         process.actor, process.place = actor, place
-
-
-def _ranks_have_gpus(config: Config, numbers: Numbers) -> bool:
-    """Whether ranks get a GPU each. Raises ValueError when the cluster can't hold the run."""
-    resources = ray.cluster_resources()
-    num_cpus, num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    num_ranks, backend = numbers.ranks, config.trainer.backend
-    if num_cpus < (needed := sum(numbers)):
-        raise ValueError(f"the Ray cluster has {num_cpus} CPUs, but the run needs {needed}, one a process")
-    if backend == "cpu" or (backend == "auto" and num_gpus == 0):
-        return False
-    if (needed := num_ranks + numbers.servers * _gpus_a_server(config)) > num_gpus >= num_ranks:
-        raise ValueError(
-            f"parallel.num_ranks={num_ranks} and rollout.engine.num_engines={numbers.servers} servers of "
-            f"{_gpus_a_server(config)} GPUs need {needed}, but Ray sees {num_gpus}; use fewer, or more nodes"
-        )
-    if num_gpus < num_ranks:
-        raise ValueError(
-            f"parallel.num_ranks={num_ranks} needs as many GPUs, but Ray sees {num_gpus}; "
-            f"use fewer ranks, more nodes, or trainer.backend=cpu"
-        )
-    return True
-
-
-def _gpus_a_server(config: Config) -> int:
-    engine = config.rollout.engine
-    return engine.tensor_parallel * engine.data_parallel if isinstance(engine, SGLangEngineSection) else 0
+    return [spot for _, _, spot in placed]
 
 
 def _environment(num_threads: int) -> dict[str, str]:
@@ -273,6 +247,13 @@ def _environment(num_threads: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
+
+
+def _engine_environment(config: Config) -> dict[str, str]:
+    environment, engine = _environment(config.rollout.engine.num_threads), config.rollout.engine
+    if isinstance(engine, SGLangEngineSection) and engine.uses_nccl:
+        environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # A broken broadcast must not end the engine process.
+    return environment
 
 
 def _rank_environment(config: Config, on_gpu: bool) -> dict[str, str]:

@@ -119,6 +119,7 @@ class Loop:
         if self.config.rollout.dump:
             self.run_directory.dump(step, groups, self.config)
         samples = to_samples(groups, self.config.advantages.name)
+        self.release()
         with self.profiling.of(step):
             report = self.train(samples)
         warning = self.watch(report)
@@ -168,10 +169,16 @@ class Loop:
         if self.config.rollout.engine.name == "transformers":
             self.rollouts.settle()
         with self.clock.phase("sync"):
+            self.workers.give_memory_to_servers()
             quantized = self.config.precision.rolls_out_quantized and not self.early_warning.has_fallen_back
             if self.early_warning.has_fallen_back:
                 self.workers.engines.call("round_activations", False)
             self.workers.ranks.call("publish_weights", self.workers.engines.actors, quantized)
+
+    def release(self) -> None:
+        """Where servers stand on the ranks' GPUs, the ranks have their memory from here to the end of `publish`."""
+        with self.clock.phase("sync"):
+            self.workers.give_memory_to_ranks()
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Share of correct answers on the held-out prompts."""
@@ -195,7 +202,8 @@ class Loop:
                     source = Path(self.config.model.hf_path)
                     self.workers.ranks.call("write_hf", self.run_directory.reference, source)
         precision = self.config.precision
-        if warmup is not None or self.config.model.megatron_path is not None or precision.rolls_out_quantized:
+        engines_lack_them = precision.rolls_out_quantized or self.workers.take_turns
+        if warmup is not None or self.config.model.megatron_path is not None or engines_lack_them:
             self.publish()
         metrics |= self.evaluate(0)
         if metrics:

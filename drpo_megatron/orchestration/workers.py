@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,16 @@ class Process:
     place: Place | None = None
     ping: Any = None
     """The answer awaited to the last question whether it lives. Comes as an error when the process dies."""
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """Of its machine; none on a CPU."""
+        return self.place.gpus if self.place else ()
+
+    def stand_on(self, others: Sequence[Process]) -> None:
+        """On the GPUs of others, which are on its machine: Ray knows of the first one only."""
+        assert self.place is not None
+        self.place = replace(self.place, gpus=tuple(gpu for other in others for gpu in other.gpus))
 
     def describe(self, what: str) -> str:
         where = f" (host {self.place.host}, pid {self.place.pid})" if self.place else ""
@@ -262,6 +272,21 @@ class Workers:
     ranks: ActorGroup
     engines: EngineGroup
     rewards: RewardGroup
+    servers: ActorGroup
+    take_turns: bool
+    """Servers and ranks share GPUs: only one of them has the memory at a time."""
+
+    def give_memory_to_ranks(self) -> None:
+        """No effect unless they take turns. Nothing is drawn from here on to the next publication of weights."""
+        if self.take_turns:
+            self.servers.call("hold_restarts")
+            self.engines.call("release_memory")
+
+    def give_memory_to_servers(self) -> None:
+        """Before weights are published, which the servers' memory comes back with. No effect unless they take turns."""
+        if self.take_turns:
+            self.ranks.call("release_cached_memory")
+            self.servers.call("allow_restarts")
 
     def peak_rss_mb(self) -> dict[str, float]:
         groups = (self.ranks, self.engines, self.rewards)

@@ -11,7 +11,7 @@ import base64
 import math
 import threading
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -97,15 +97,19 @@ class SGLangClient:
             raise ServerLost(f"{self.endpoint.url}{path}: {type(error).__name__}: {error}") from None
 
     async def info(self) -> dict[str, Any]:
-        """/server_info: its flags, and `max_req_input_len`."""
+        """Its flags as it was launched, from its scheduler, and `weight_version`, the present label of its weights."""
+        launched = await self._get("/server_info")
+        return launched | {"weight_version": (await self._get("/model_info"))["weight_version"]}
+
+    async def _get(self, path: str) -> dict[str, Any]:
         timeout = aiohttp.ClientTimeout(total=_CONTROL_TIMEOUT_S)
         try:
-            async with self._session.get(f"{self.endpoint.url}/server_info", timeout=timeout) as response:
+            async with self._session.get(f"{self.endpoint.url}{path}", timeout=timeout) as response:
                 if response.status >= 400:
-                    raise ServerError(response.status, f"{self.endpoint.url}: {_words(await response.text())}")
+                    raise ServerError(response.status, f"{self.endpoint.url}{path}: {_words(await response.text())}")
                 return await response.json()
         except (TimeoutError, aiohttp.ClientError) as error:
-            raise ServerLost(f"{self.endpoint.url}/server_info: {type(error).__name__}: {error}") from None
+            raise ServerLost(f"{self.endpoint.url}{path}: {type(error).__name__}: {error}") from None
 
     async def generate(self, request: GenerationRequest, params: SamplingParams, timeout_s: float) -> Generated:
         """One attempt under an id of its own. An attempt that is given up is aborted at the server."""
@@ -170,6 +174,14 @@ class SGLangClient:
         `pause` put back stand in it until `resume` (managers/scheduler_components/flush_wrapper.py:31 of 0.5.23).
         """
         await self.call("/flush_cache", timeout_s)
+
+    async def release_memory(self, tags: Sequence[str], timeout_s: float) -> None:
+        """On a paused server: it refuses to live on if it is busy (SGLang asserts that it isn't)."""
+        await self.call("/release_memory_occupation", timeout_s, tags=tags)
+
+    async def resume_memory(self, tags: Sequence[str], timeout_s: float) -> None:
+        """What was released, and only that: SGLang does not survive another tag. The content is not what it was."""
+        await self.call("/resume_memory_occupation", timeout_s, tags=tags)
 
     async def set_weight_version(self, label: str) -> None:
         await self.call("/update_weight_version", new_version=label, abort_all_requests=False)

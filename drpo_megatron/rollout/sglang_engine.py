@@ -171,6 +171,16 @@ class SGLangEngine:
         finally:
             self._end_update()
 
+    def release_memory(self) -> None:
+        """Servers give up the memory of weights and cache until the next update; `finish_update` has it all back.
+
+        Requests wait for that; those that run are put back, and go on with the new weights.
+        """
+        with self._update:
+            self._is_published = False
+            self._loop.run(self.router.withdraw(is_updating=True))
+            self.sender.release_memory()
+
     def _begin_update(self) -> None:
         self._update.acquire()
         self._is_updating = True

@@ -1,6 +1,6 @@
 """Starts an SGLang server, inside the environment that SGLang is installed in. Run by its path:
 
-    PYTHON sglang_launch.py PARENT_PID cpu|cuda SGLANG_FLAGS...       (stdin: the API key, one line)
+    PYTHON sglang_launch.py PARENT_PID cpu|cuda:GPUS SGLANG_FLAGS...       (stdin: the API key, one line)
 
 It imports nothing of this package, and SGLang only after the environment is set. The server dies with its parent,
 however that ends: the kernel kills it (PR_SET_PDEATHSIG), and SGLang's own processes kill themselves after it.
@@ -81,5 +81,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)
 if sys.argv[2] == "cpu":
     _library = _prepare_cpu()  # Its ops exist as long as it does.
+else:
+    os.environ["CUDA_VISIBLE_DEVICES"] = sys.argv[2].removeprefix("cuda:")
 if __name__ == "__main__":
     main()

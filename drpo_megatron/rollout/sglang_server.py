@@ -62,17 +62,24 @@ def outside_endpoints(section: SGLangEngineSection) -> list[Endpoint]:
 
 
 def server_flags(
-    model_path: str, section: SGLangEngineSection, dtype: str, device: str, routed_experts: bool = False
+    model_path: str,
+    section: SGLangEngineSection,
+    dtype: str,
+    device: str,
+    routed_experts: bool = False,
+    releases_memory: bool = False,
 ) -> list[str]:
     """SGLang's command line but address and key. `section.flags` comes last, so that it wins.
 
     routed_experts: the server will be asked for them. It then keeps them for every token in its cache.
+    releases_memory: it will be asked to release its GPUs' memory. On a CPU it goes through the motions without the flag.
     """
     flags: dict[str, Any] = {
         **(_CPU_DEFAULTS if device == "cpu" else {}),
         "tp-size": section.tensor_parallel,
         "dp-size": section.data_parallel,
         "enable-return-routed-experts": routed_experts,
+        "enable-memory-saver": releases_memory and device != "cpu",
         **section.flags,
     }
     words = ["--model-path", model_path, "--dtype", dtype, "--skip-server-warmup", "--skip-tokenizer-init"]
@@ -102,7 +109,10 @@ def free_port(host: str) -> int:
 
 
 class SGLangServer:
-    """The process. All methods belong to the thread that calls `start`: when that thread ends, the kernel ends it."""
+    """The process. All methods belong to the thread that calls `start`: when that thread ends, the kernel ends it.
+
+    device: `cpu`, or `cuda:4,5` for these GPUs of the machine.
+    """
 
     def __init__(self, flags: Sequence[str], python: str, device: str, log_file: Path, host: str = "127.0.0.1") -> None:
         # Hexadecimal: a key that began with a dash would be taken for a flag.
@@ -194,6 +204,9 @@ class ServerKeeper:
         self.failure: str | None = None
         self._ready = threading.Event()
         self._stop = threading.Event()
+        self._may_start = threading.Lock()
+        """Held by who starts the server, and by who wants it not to start."""
+        self._is_held = False
         self._thread = threading.Thread(target=self._run, name="server-keeper", daemon=True)
 
     def start(self) -> None:
@@ -208,8 +221,22 @@ class ServerKeeper:
         if self.failure:
             raise ServerFailure(self.failure)
 
+    def hold(self) -> None:
+        """From now on a server that ended is not started again. Returns after a start that is underway; see `check`."""
+        if not self._is_held:
+            self._may_start.acquire()
+            self._is_held = True
+        self.check()
+
+    def let_go(self) -> None:
+        """Undo `hold`."""
+        if self._is_held:
+            self._is_held = False
+            self._may_start.release()
+
     def close(self) -> None:
         self._stop.set()
+        self.let_go()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -217,8 +244,11 @@ class ServerKeeper:
         num_quick_deaths = 0
         try:
             while not self._stop.is_set():
-                self.server.start()
-                self.server.wait_until_ready(self.startup_timeout_s, self._stop)
+                with self._may_start:
+                    if self._stop.is_set():
+                        return
+                    self.server.start()
+                    self.server.wait_until_ready(self.startup_timeout_s, self._stop)
                 self._ready.set()
                 started = time.monotonic()
                 self._watch()

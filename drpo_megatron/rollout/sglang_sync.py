@@ -4,6 +4,10 @@
     send    bucket by bucket: a file each (disk), a broadcast (distributed), shared memory (tensor)
     finish  end_weight_update, checksums of every parameter, the new label, continue
 
+Servers on the trainer's GPUs release their memory in between: `release` pauses them, and they stay so. The next `open`
+brings the weights' memory back before it begins, `finish` the cache's before it continues. A server bears a label of
+what it lacks, so that one that was started again, or left out, is asked for nothing that it doesn't have to give.
+
 From `open` to the end of `finish` a server bears a label that was never published, so whatever goes wrong in between,
 no sample that it draws is taken. A server that fails is left out until the next update; with none left the update
 fails. A broadcast can't go on without one of its ranks: there the failure of one server fails the update.
@@ -27,8 +31,14 @@ from drpo_megatron.rollout.sglang_transport import SyncFailed, Transport, make_t
 
 UPDATING = "updating"
 """The label of weights that nobody may use."""
+WITHOUT_CACHE = "updating-without-cache"
+"""The same, and the KV cache's memory is released."""
+RELEASED = "released"
+"""Neither weights nor cache have memory."""
 LAUNCHED = "default"
 """SGLang's own label of the weights that a server was launched with."""
+_WEIGHTS, _CACHE = "weights", "kv_cache"
+"""SGLang's tags of what can be released."""
 
 
 class WeightSender:
@@ -48,6 +58,9 @@ class WeightSender:
         self.failures: list[str] = []
         """Why servers were left out of the present or the last update."""
         self._open: list[SGLangClient] = []
+        self._without_cache: set[SGLangClient] = set()
+        self._some_are_new = False
+        """Servers were started (again) since the last update."""
         self._expected: ServerChecksums | None = None
 
     @property
@@ -79,11 +92,30 @@ class WeightSender:
             await client.call("/end_weight_update", timeout_s)
             for rank in await client.checksums(timeout_s):
                 _compare(rank, expected)
+            if client in self._without_cache:
+                await client.resume_memory([_CACHE], timeout_s)
             await client.set_weight_version(label)
             await client.resume()
 
         self._everywhere(complete)
         return self._open
+
+    def release_memory(self) -> None:
+        """Of all servers that answer. One that doesn't is taken for dead or dying: then it has none."""
+        timeout_s = self.section.sync_timeout_s
+
+        async def release(client: SGLangClient) -> None:
+            label = (await client.info())["weight_version"]
+            self._some_are_new |= label == LAUNCHED
+            if label == RELEASED:
+                return
+            await client.pause(timeout_s)
+            await client.set_weight_version(RELEASED)
+            await client.release_memory([_WEIGHTS] if label == WITHOUT_CACHE else [_CACHE, _WEIGHTS], timeout_s)
+
+        for client, error in zip(self.clients, self.loop.run(_gather(self.clients, release)), strict=True):
+            if error is not None:
+                print(f"releases no memory: {client.endpoint.url}: {error}", flush=True)
 
     def close(self) -> None:
         self.transport.close()
@@ -92,14 +124,18 @@ class WeightSender:
         self.failures = []
         answers = self._answers()
         self._open = list(answers)
-        some_are_new = any(answer["weight_version"] == LAUNCHED for answer in answers.values())
+        labels = {client: answer["weight_version"] for client, answer in answers.items()}
+        self._some_are_new |= LAUNCHED in labels.values()
+        self._without_cache = {client for client, label in labels.items() if label in (RELEASED, WITHOUT_CACHE)}
         on_gpu = any(answer["device"] != "cpu" for answer in answers.values())
         timeout_s = self.section.sync_timeout_s
 
         async def begin(client: SGLangClient) -> None:
             await client.pause(timeout_s)
+            if labels[client] == RELEASED:
+                await client.resume_memory([_WEIGHTS], timeout_s)
             await client.flush_cache(timeout_s)
-            await client.set_weight_version(UPDATING)
+            await client.set_weight_version(WITHOUT_CACHE if client in self._without_cache else UPDATING)
             try:
                 await client.call("/begin_weight_update", timeout_s)
             except ServerError:  # An update that failed before left it open.
@@ -109,10 +145,11 @@ class WeightSender:
         self._everywhere(begin)
         self._expected = ServerChecksums(self.model, self.section.tensor_parallel, on_gpu)
         try:
-            self.transport.open(self._open, some_are_new)
+            self.transport.open(self._open, self._some_are_new)
         except BaseException:
             self._expected = None
             raise
+        self._some_are_new = False
 
     def _answers(self) -> dict[SGLangClient, dict[str, Any]]:
         """What the servers that are up say of themselves; waits for the first if none is up."""

@@ -9,6 +9,7 @@ Each returns the servers that it could not reach, with the reason.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import shutil
@@ -19,6 +20,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -64,7 +66,9 @@ class Transport(Protocol):
 def make_transport(section: SGLangEngineSection, loop: LoopThread, hf_path: Path) -> Transport:
     if section.sync == "disk":
         return DiskTransport(section, loop, hf_path)
-    return TensorTransport(section, loop) if section.sync == "tensor" else BroadcastTransport(section, loop)
+    if section.sync == "tensor":
+        return TensorTransport(section, loop)
+    return NCCLBroadcastTransport(section, loop) if section.uses_nccl else BroadcastTransport(section, loop)
 
 
 class DiskTransport:
@@ -162,7 +166,12 @@ class TensorTransport:
 
 
 class BroadcastTransport:
-    """A process group of this process and all ranks of the servers, made anew when the servers change."""
+    """A process group of this process and all ranks of the servers, made anew when the servers change.
+
+    By gloo, from this process's memory. `_prefix`: what the servers' torch puts before the keys of such a group.
+    """
+
+    _backend, _prefix = "gloo", "cpu/"
 
     def __init__(self, section: SGLangEngineSection, loop: LoopThread) -> None:
         self.section, self.loop = section, loop
@@ -176,7 +185,7 @@ class BroadcastTransport:
         if self._group is not None and list(clients) == self._members and not some_are_new:
             return
         self.close()
-        ranks_each = self.section.tensor_parallel * self.section.data_parallel
+        ranks_each = self.section.gpus_a_server
         world_size = 1 + ranks_each * len(clients)
         host = _own_address(clients[0])
         patience = timedelta(seconds=self.section.sync_timeout_s)
@@ -192,19 +201,15 @@ class BroadcastTransport:
                     rank_offset=1 + ranks_each * index,
                     world_size=world_size,
                     group_name=name,
-                    backend="gloo",
+                    backend=self._backend,
                 )
             )
             for index, client in enumerate(clients)
         ]
-        # The prefixes are those that the servers' torch puts before the keys of such a group.
-        store = dist.PrefixStore("cpu/", dist.PrefixStore(f"{name}/", dist.PrefixStore(name, self._store)))
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-        options._timeout = patience
+        store = dist.PrefixStore(self._prefix, dist.PrefixStore(f"{name}/", dist.PrefixStore(name, self._store)))
         self._name, self._members = name, list(clients)
         try:
-            self._group = dist.ProcessGroupGloo(store, 0, world_size, options)
+            self._group = self._join(store, world_size, host, patience)
             for reply in joining:
                 reply.result()
         except RuntimeError as error:
@@ -228,7 +233,7 @@ class BroadcastTransport:
             )
             for client in clients
         ]
-        work = self._group.broadcast([_flat(bucket)], dist.BroadcastOptions())
+        work = self._broadcast(_flat(bucket))
         try:
             while not (work.is_completed() and all(reply.done() for reply in replies)):
                 _raise_first_error(replies, clients)
@@ -243,12 +248,69 @@ class BroadcastTransport:
     def finish(self, clients: Sequence[SGLangClient]) -> Failed:
         return {}
 
+    def _join(self, store: dist.Store, world_size: int, host: str, patience: timedelta) -> Any:
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        options._timeout = patience
+        return dist.ProcessGroupGloo(store, 0, world_size, options)
+
+    def _broadcast(self, flat: torch.Tensor) -> Any:
+        """Begin to send. The result has `is_completed` and `wait` of a torch.distributed.Work."""
+        return self._group.broadcast([flat], dist.BroadcastOptions())
+
+    def _leave(self) -> None:
+        self._group = None
+
     def close(self) -> None:
         """Leave the group; whoever waits for us in it gets an error."""
-        self._group = self._store = None
+        if self._group is not None:
+            self._leave()
+        self._store = None
         for client in self._members:
             self.loop.submit(_quietly(client.call("/destroy_weights_update_group", group_name=self._name)))
         self._members = []
+
+
+class NCCLBroadcastTransport(BroadcastTransport):
+    """The same by NCCL, from this process's GPU. Has not run: there was no GPU.
+
+    NCCL blocks where gloo waits in the background: when its communicator comes into being, with the first bucket, and
+    when a peer is lost. So it sends in a thread, and whoever waits for the thread ends it by aborting the communicator.
+    """
+
+    _backend, _prefix = "nccl", "cuda/"
+
+    def _join(self, store: dist.Store, world_size: int, host: str, patience: timedelta) -> Any:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = 2 * patience  # The servers' answers are given up before, and with them the group.
+        options.config.blocking = 0  # A communicator that waits for its peers can be aborted only if it doesn't block.
+        return dist.ProcessGroupNCCL(store, 0, world_size, options)
+
+    def _broadcast(self, flat: torch.Tensor) -> _Sending:
+        group = self._group
+
+        def send() -> None:
+            group.broadcast([flat.cuda()], dist.BroadcastOptions()).wait()
+            torch.cuda.current_stream().synchronize()  # `wait` is the stream's alone.
+
+        return _Sending(self.loop.submit(asyncio.to_thread(send)))
+
+    def _leave(self) -> None:
+        self._group.abort()
+        self._group = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    """A broadcast in a thread, as a torch.distributed.Work."""
+
+    future: Future[None]
+
+    def is_completed(self) -> bool:
+        return self.future.done()
+
+    def wait(self) -> None:
+        self.future.result()
 
 
 def _raise_first_error(replies: Sequence[Future[Any]], clients: Sequence[SGLangClient]) -> None:

@@ -195,3 +195,42 @@ def test_a_full_disk_fails_the_update_by_name_and_leaves_nothing_on_it(pair: Ser
     assert not any(tmp_path.iterdir())
     assert_drawn_by(pair, tensors, version, engine.generate(requests(32), SamplingParams(20)), 32)
     engine.close()
+
+
+def test_released_servers_that_are_lost_or_left_out_come_back(pair: Served) -> None:
+    all_up(pair)
+    engine = pair.engine("distributed")
+    victim = pair.keepers[0]
+    publish(engine, weights(pair, 23))
+    engine.release_memory()
+
+    # One dies. While the trainer has its GPU it is not started again; the other takes the weights alone.
+    victim.hold()
+    num_restarts = victim.num_restarts
+    end(victim.server, signal.SIGKILL)
+    wait_for(lambda: victim.num_restarts > num_restarts)
+    tensors = weights(pair, 24)
+    version = publish(engine, tensors)
+    assert engine.router.num_serving == 1 and not victim.server.is_running()
+    assert_drawn_by(pair, tensors, version, engine.generate(requests(16), SamplingParams(20)), 16)
+    victim.let_go()
+    all_up(pair)
+
+    # It holds memory and was sent nothing. It gives that back, and takes part again.
+    engine.release_memory()
+    publish(engine, weights(pair, 25))
+    assert engine.router.num_serving == 2
+    engine.close()
+
+    # An update fails half-way on the other: it has weights, but no cache, when it is asked for its memory again.
+    engine = pair.engine()
+    engine.release_memory()
+    client = engine.clients[1]
+    publish(engine, weights(pair, 26), lambda: engine._loop.run(client.call("/end_weight_update", 300.0)))
+    assert engine.router.num_serving == 1
+    engine.release_memory()
+    tensors = weights(pair, 27)
+    version = publish(engine, tensors)
+    assert engine.router.num_serving == 2
+    assert_drawn_by(pair, tensors, version, engine.generate(requests(32), SamplingParams(20)), 32)
+    engine.close()
