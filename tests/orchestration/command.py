@@ -55,8 +55,20 @@ def start(directory: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "drpo_megatron.cli", *arguments]
     with (directory / "output.txt").open("w") as output:
         return subprocess.Popen(
-            command, cwd=directory, env=environment, stdout=output, stderr=output, text=True, start_new_session=True
+            command,
+            cwd=directory,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            text=True,
+            start_new_session=True,
+            preexec_fn=_heed_ctrl_c,
         )
+
+
+def _heed_ctrl_c() -> None:
+    """A shell that has the tests in the background lets its children ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def finish(process: subprocess.Popen[str], directory: Path, timeout_s: float = 900.0) -> tuple[int, str]:

@@ -18,7 +18,7 @@ from tests.slurm.cluster import Slurm, missing, wait_until
 from tests.study.small import STUDY, write_base
 
 FILE: dict[str, Any] = STUDY | {
-    "overrides": {"run.num_steps": 4, "checkpoint.every": 1, "checkpoint.save_hf": False, "eval.every": 2},
+    "overrides": {"run.num_steps": 8, "checkpoint.every": 1, "checkpoint.save_hf": False, "eval.every": 2},
     "axes": {
         "objective": {
             "grpo": {"objective": "grpo"},
@@ -52,7 +52,7 @@ def test_a_study_is_killed_goes_on_repeats_nothing_and_reports(tmp_path: Path) -
     grpo, drpo, broken, start = (runs / name / "seed-0" for name in ("grpo", "drpo", "broken", "_prepare"))
 
     process = command.start(tmp_path, "study", "study.yaml", "--workers", "2")
-    wait_for(process, tmp_path, grpo, 2)
+    wait_for(process, tmp_path, grpo, 1)
     children = command.descendants(process)
     process.send_signal(signal.SIGINT)
     code, output = command.finish(process, tmp_path, TIMEOUT_S)
