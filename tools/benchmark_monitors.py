@@ -2,12 +2,13 @@
 
     python tools/benchmark_monitors.py [--hf DIR] [--rounds 8] [--recipes bf16 fp8-blockwise] [--json FILE]
 
-Every round trains on one rollout four times, in the same processes and in turn: without monitors, with those of every
-step, with a look into the layers, and with two gradients compared. What the last two add is divided by their intervals:
+Every round trains on one rollout three times: with the monitors of every step, with a look into the layers, and with two
+gradients compared. The seconds inside the monitors are taken by a clock around their functions (waiting for the other
+rank included), so that steps of a few per cent more or less don't hide them:
 
-    cost = every step + look / layers_every + comparison / gradient_every,   as a share of the step without monitors
+    cost = every step + look / layers_every + comparison / gradient_every,   as a share of the rest of the step
 
-Medians over the rounds of the differences within a round; the first round is left out.
+Medians over the rounds; the first round is left out.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 PARALLEL = {"num_ranks": 2, "tensor": 2, "sequence": True, "expert": 2}
-CASES = {"none": (0, 0), "every step": (0, 0), "look": (1, 0), "comparison": (0, 1)}
+CASES = {"every step": (0, 0), "look": (1, 0), "comparison": (0, 1)}
 """layers_every and gradient_every of each."""
 
 
@@ -43,34 +45,29 @@ def main() -> None:
     print(
         f"one rollout of {args.sequences} sequences of 9 + 3 tokens in 4 optimiser steps, TP2 x EP2 on two gloo ranks"
     )
-    print("| precision.train | without, s | every step | a look | a comparison | all, at the default intervals |")
+    print("| precision.train | the rest, s | every step | a look | a comparison | all, at the default intervals |")
     print("|---|---|---|---|---|---|")
     for recipe in args.recipes:
         with tempfile.TemporaryDirectory() as scratch:
             mp.spawn(_rank, args=(args, recipe, scratch), nprocs=PARALLEL["num_ranks"])
             seconds = json.loads(Path(scratch, "seconds.json").read_text())
         figures[recipe] = found = costs(seconds)
-        shares = " | ".join(f"{found[name]:+.1%}" for name in (*list(CASES)[1:], "all"))
-        print(f"| {recipe} | {found['none']:.3f} | {shares} |", flush=True)
+        shares = " | ".join(f"{found[name]:+.1%}" for name in (*CASES, "all"))
+        print(f"| {recipe} | {found['rest']:.3f} | {shares} |", flush=True)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def costs(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Median seconds without monitors; what each case adds to it, as shares; all at the default intervals."""
+def costs(seconds: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
+    """Of (inside the monitors, whole step) by case: median seconds of the rest, what each case adds as a share of it."""
     from drpo_megatron.config.precision import MonitorSection
 
-    def added(case: str, base: str) -> float:
-        return statistics.median(
-            (with_it - without) / none
-            for with_it, without, none in zip(seconds[case], seconds[base], seconds["none"], strict=True)
-        )
-
-    section = MonitorSection()
-    every = added("every step", "none")
-    look, comparison = added("look", "every step"), added("comparison", "every step")
+    rest = statistics.median(whole - inside for inside, whole in seconds["every step"])
+    shares = {case: statistics.median(inside for inside, _ in times) / rest for case, times in seconds.items()}
+    section, every = MonitorSection(), shares["every step"]
+    look, comparison = shares["look"] - every, shares["comparison"] - every
     return {
-        "none": statistics.median(seconds["none"]),
+        "rest": rest,
         "every step": every,
         "look": look,
         "comparison": comparison,
@@ -78,19 +75,24 @@ def costs(seconds: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
-class _NoMonitors:
-    """In place of `trainer.monitors`."""
+class _Clock:
+    """Seconds inside the functions that it wraps; one inside of another counts once."""
 
-    def before_backward(self, *args: Any) -> dict[str, Any]:
-        return {}
+    def __init__(self) -> None:
+        self.seconds, self._depth = 0.0, 0
 
-    def during_backward(self, *args: Any) -> Any:
-        from contextlib import nullcontext
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self.seconds += time.perf_counter() - started
 
-        return nullcontext()
-
-    def after_backward(self, *args: Any) -> dict[str, Any]:
-        return {}
+        return timed
 
 
 def _rank(rank: int, args: argparse.Namespace, recipe: str, scratch: str) -> None:
@@ -122,7 +124,11 @@ def _rank(rank: int, args: argparse.Namespace, recipe: str, scratch: str) -> Non
     from drpo_megatron.trainer.trainer import Trainer
 
     trainer = Trainer(config)
-    monitors, histograms = trainer.monitors, diagnostics.weight_histograms
+    clock, monitors = _Clock(), trainer.monitors
+    diagnostics.weight_histograms = clock(diagnostics.weight_histograms)
+    monitors.before_backward = clock(monitors.before_backward)
+    monitors.after_backward = clock(monitors.after_backward)
+    monitors.probe._see = clock(monitors.probe._see)
     rng = random.Random(0)
     vocab = trainer.hf_config.vocab_size
 
@@ -130,16 +136,15 @@ def _rank(rank: int, args: argparse.Namespace, recipe: str, scratch: str) -> Non
         return tuple(rng.randrange(vocab) for _ in range(count))
 
     samples = [Sample(f"{i}", tokens(9), tokens(3), (-1.0,) * 3, rng.uniform(-1, 1)) for i in range(args.sequences)]
-    seconds: dict[str, list[float]] = {case: [] for case in CASES}
+    seconds: dict[str, list[tuple[float, float]]] = {case: [] for case in CASES}
     for _ in range(1 + args.rounds):
         for case, (layers_every, gradient_every) in CASES.items():
-            diagnostics.weight_histograms = histograms if case != "none" else lambda inputs, outputs: {}
-            trainer.monitors = monitors if case != "none" else _NoMonitors()
             monitors.section = MonitorSection(layers_every=layers_every, gradient_every=gradient_every)
+            clock.seconds = 0.0
             dist.barrier()
             started = time.perf_counter()
             trainer.train_step(samples)
-            seconds[case].append(time.perf_counter() - started)
+            seconds[case].append((clock.seconds, time.perf_counter() - started))
     if rank == 0:
         Path(scratch, "seconds.json").write_text(json.dumps({case: times[1:] for case, times in seconds.items()}))
     dist.barrier()
