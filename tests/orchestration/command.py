@@ -68,7 +68,7 @@ def start(directory: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def _heed_ctrl_c() -> None:
     """A shell that has the tests in the background lets its children ignore it."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen[str], directory: Path, timeout_s: float = 900.0) -> tuple[int, str]:
