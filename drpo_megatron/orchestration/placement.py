@@ -74,7 +74,8 @@ def ranks_have_gpus(config: Config, numbers: Numbers) -> bool:
     if backend == "cpu" or (backend == "auto" and num_gpus == 0):
         if isinstance(engine, SGLangEngineSection) and engine.uses_nccl:
             raise ValueError(
-                "rollout.engine.broadcast=nccl needs GPUs, but Ray sees none; set rollout.engine.broadcast=gloo"
+                f"rollout.engine.broadcast=nccl needs GPUs: trainer.backend={backend} uses none of the {num_gpus} that Ray "
+                "sees; set rollout.engine.broadcast=gloo"
             )
         return False
     each = 0 if is_colocated(config, numbers) else gpus_a_server(config)

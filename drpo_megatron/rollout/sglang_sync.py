@@ -25,9 +25,10 @@ import torch
 
 from drpo_megatron.config.hf_config import read_hf_config
 from drpo_megatron.config.sections import SGLangEngineSection
+from drpo_megatron.rollout.sglang_broadcast import BroadcastTransport, NCCLBroadcastTransport
 from drpo_megatron.rollout.sglang_client import LoopThread, ServerError, ServerLost, SGLangClient
 from drpo_megatron.rollout.sglang_layout import ServerChecksums
-from drpo_megatron.rollout.sglang_transport import SyncFailed, Transport, make_transport
+from drpo_megatron.rollout.sglang_transport import DiskTransport, SyncFailed, TensorTransport, Transport
 
 UPDATING = "updating"
 """The label of weights that nobody may use."""
@@ -54,7 +55,7 @@ class WeightSender:
     ) -> None:
         self.clients, self.loop, self.section, self.wait_for_server_s = clients, loop, section, wait_for_server_s
         self.model = read_hf_config(hf_path)
-        self.transport: Transport = make_transport(section, loop, Path(hf_path))
+        self.transport: Transport = _transport(section, loop, Path(hf_path))
         self.failures: list[str] = []
         """Why servers were left out of the present or the last update."""
         self._open: list[SGLangClient] = []
@@ -178,6 +179,14 @@ class WeightSender:
         if not self._open:
             self._expected = None
             raise SyncFailed("no SGLang server took the weights:\n  " + "\n  ".join(self.failures))
+
+
+def _transport(section: SGLangEngineSection, loop: LoopThread, hf_path: Path) -> Transport:
+    if section.sync == "disk":
+        return DiskTransport(section, loop, hf_path)
+    if section.sync == "tensor":
+        return TensorTransport(section, loop)
+    return NCCLBroadcastTransport(section, loop) if section.uses_nccl else BroadcastTransport(section, loop)
 
 
 def _compare(rank: dict[str, Any], expected: ServerChecksums) -> None:

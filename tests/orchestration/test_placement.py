@@ -77,6 +77,13 @@ def test_too_few_gpus_are_named() -> None:
     assert ranks_have_gpus(config(4, "colocated", num_engines=4), Numbers(4, 1, 1, 4))
 
 
+def test_a_broadcast_by_nccl_is_refused_where_ranks_have_no_gpus() -> None:
+    chosen = config(1, "disaggregated", broadcast="nccl")
+    on_cpu = chosen.model_copy(update={"trainer": chosen.trainer.model_copy(update={"backend": "cpu"})})
+    with pytest.raises(ValueError, match="broadcast=nccl needs GPUs.*; set rollout.engine.broadcast=gloo"):
+        ranks_have_gpus(on_cpu, Numbers.of(on_cpu, trains=True))
+
+
 def test_a_server_is_not_torn_between_machines() -> None:
     machines = [{"NodeName": name, "NodeManagerAddress": name, "Resources": {"GPU": 3.0}} for name in ("a", "b")]
     with pytest.raises(ValueError, match="data_parallel=2 GPUs stands whole .* have 3, 3 GPUs: room for 4 of .*=6"):
