@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from drpo_megatron.rollout import sglang_hash
 from drpo_megatron.rollout.sglang_hash import cpu_hash, gpu_hash
 from tests.rollout.conftest import PYTHON
 
-_SIZES = (1, 3, 8192, 40_001)
-"""Numbers of BF16 elements: less than a word, ragged, whole tiles, and several tiles."""
+_SIZES = (1, 3, 8192, 140_001)
+"""Numbers of BF16 elements: less than a word, ragged, half a tile, and more than a thread takes below."""
 
 _THEIRS = """
 import hashlib, json, sys, importlib.util, pathlib, torch
@@ -31,7 +32,7 @@ print(json.dumps([f"{gpu_tensor_hash(tensor, use_cg=False):016x}" for tensor in 
 """
 
 
-def test_the_gpu_hash_is_that_of_sglangs_kernel(tmp_path: Path) -> None:
+def test_the_gpu_hash_is_that_of_sglangs_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not PYTHON.exists():
         pytest.skip("SGLang's environment is not there; `make sglang-cpu` sets it up")
     command = [str(PYTHON), "-c", _THEIRS, str(tmp_path), json.dumps(_SIZES)]
@@ -39,6 +40,7 @@ def test_the_gpu_hash_is_that_of_sglangs_kernel(tmp_path: Path) -> None:
     theirs = json.loads(subprocess.check_output(command, env=environment, text=True, timeout=600))
     torch.manual_seed(0)
     tensors = [torch.randn(size).bfloat16() for size in _SIZES]
+    monkeypatch.setattr(sglang_hash, "_WORDS_A_THREAD", sglang_hash._WORDS_AT_ONCE)
     assert [gpu_hash([tensor]) for tensor in tensors] == theirs
     assert [gpu_hash(tensor.split(5)) for tensor in tensors] == theirs
 
