@@ -26,7 +26,7 @@ examples:
   drpo-megatron study examples/studies/fp8_objectives.yaml --workers 2
   drpo-megatron study examples/studies/fp8_objectives.yaml --workers 2 --seeds 0,1,2,3,4
   drpo-megatron study examples/studies/fp8_objectives.yaml --only objective=grpo,spo --only precision=none
-  drpo-megatron study examples/studies/fp8_objectives.yaml --slurm "--partition=gpu --gpus-per-node=8 --time=4:00:00"
+  drpo-megatron study examples/studies/fp8_objectives.yaml --slurm="--partition=gpu --gpus-per-node=8 --time=4:00:00"
   drpo-megatron study report runs/fp8_objectives          writes report.html and report.md there
 """
 

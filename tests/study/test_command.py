@@ -91,7 +91,7 @@ def test_a_study_is_killed_goes_on_repeats_nothing_and_reports(tmp_path: Path) -
     assert "| broken | - |" in markdown
     for row in (grpo, drpo):
         accuracy = json.loads((row / "summary.json").read_text())["heldout_after"]
-        assert f"| {row.parent.name} | {accuracy:.1%} |" in markdown
+        assert f"| {row.parent.name} | {accuracy:.1%}" in markdown
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_every_run_is_a_slurm_job_after_that_of_its_start(tmp_path: Path, monkey
     with Slurm(1) as slurm:
         for name in ("SLURM_CONF", "PATH"):
             monkeypatch.setenv(name, slurm.environment[name])
-        code, output = run_study(tmp_path, "study.yaml", "--slurm", "--cpus-per-task=2")
+        code, output = run_study(tmp_path, "study.yaml", "--slurm=--cpus-per-task=2")
         assert code == 0, output
         submitted = re.search(r"submitted: (\d+), (\d+)", output)
         assert submitted is not None, output
@@ -115,5 +115,5 @@ def test_every_run_is_a_slurm_job_after_that_of_its_start(tmp_path: Path, monkey
     assert set(outputs) == {f"{starts}_0.out", f"{cell_jobs}_0.out", f"{cell_jobs}_1.out"}, outputs
     for cell in cells:
         assert (runs / cell / "seed-0" / "summary.json").is_file(), outputs
-    code, output = run_study(tmp_path, "study.yaml", "--slurm", "")
+    code, output = run_study(tmp_path, "study.yaml", "--slurm=")
     assert code == 0 and "submitted: nothing, all runs are done" in output
