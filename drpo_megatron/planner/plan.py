@@ -50,15 +50,25 @@ class Plan:
     stages: tuple[StagePlan, ...]
     rollout: Rollout
     time: StepTime
+    is_colocated: bool
+    """Engines on the ranks' GPUs: the ranks' states are always there, and beside them what is larger: a step's
+    activations and loss, or the engine's weights and cache, which it releases while the ranks train."""
 
     @property
     def num_gpus(self) -> int:
-        return self.parallel.num_ranks + self.rollout.num_replicas * self.rollout.gpus_per_replica
+        of_engines = 0 if self.is_colocated else self.rollout.num_replicas * self.rollout.gpus_per_replica
+        return self.parallel.num_ranks + of_engines
 
     @property
     def usable_bytes(self) -> int:
-        """Of a trainer's GPU."""
-        return self.gpu_bytes - RESERVED_BYTES
+        """Of a trainer's GPU. An engine on it keeps a context and graphs of its own there."""
+        return self.gpu_bytes - RESERVED_BYTES * (2 if self.is_colocated else 1)
+
+    @property
+    def engine_share(self) -> float:
+        """Of a GPU that an engine may fill with weights and cache: SGLang's --mem-fraction-static, in hundredths."""
+        share = (self.rollout.weight_bytes + self.rollout.cache_bytes) / self.gpu_bytes
+        return max(0.0, math.floor(100 * share) / 100)
 
     @property
     def fullest(self) -> StagePlan:
@@ -87,6 +97,7 @@ class Plan:
         return {
             "parallel": self.parallel.model_dump() | {"data": self.parallel.data},
             "num_gpus": self.num_gpus,
+            "is_colocated": self.is_colocated,
             "gpu_bytes": self.gpu_bytes,
             "usable_bytes": self.usable_bytes,
             "fits": self.fits,
@@ -102,13 +113,16 @@ def make_plan(config: Config, model: Model, gpu_bytes: int) -> Plan:
     """Plan the recipe as it stands. The layout must be one that `layout_problems` has nothing against."""
     work = work_of(config)
     stages = tuple(_stage(config, model, work, stage) for stage in range(config.parallel.pipeline))
-    rollout = plan_rollout(model, config, work, gpu_bytes)
+    is_colocated = config.cluster.placement == "colocated"
+    held = max(stage.states.total for stage in stages) + RESERVED_BYTES if is_colocated else 0
+    rollout = plan_rollout(model, config, work, gpu_bytes, held)
     time = step_time(model, config, work, [stage.traffic for stage in stages], rollout.seconds)
-    return Plan(config.parallel, config.model.recompute, gpu_bytes, work, stages, rollout, time)
+    return Plan(config.parallel, config.model.recompute, gpu_bytes, work, stages, rollout, time, is_colocated)
 
 
 def on_gpus(config: Config, num_gpus: int) -> Config:
-    """The recipe on another number of GPUs: engines keep their share, data parallelism takes the rest.
+    """The recipe on another number of GPUs: engines keep their share, data parallelism takes the rest. Both take all of
+    them when colocated.
 
     Raises: ValueError when the ranks that remain don't divide into the layout, with the numbers of GPUs that do.
     """
@@ -129,8 +143,11 @@ def on_gpus(config: Config, num_gpus: int) -> Config:
 
 def _scaled(config: Config, num_gpus: int) -> Config | None:
     each = engine_of(config).gpus * getattr(config.rollout.engine, "data_parallel", 1)
-    num_engines = max(1, round(num_gpus * _engine_gpus(config) / _total(config) / each))
-    num_ranks = num_gpus - num_engines * each
+    if config.cluster.placement == "colocated":
+        num_engines, num_ranks = num_gpus // each, num_gpus if num_gpus % each == 0 else 0
+    else:
+        num_engines = max(1, round(num_gpus * _engine_gpus(config) / _total(config) / each))
+        num_ranks = num_gpus - num_engines * each
     if num_ranks < 1 or num_ranks % _unit(config.parallel):
         return None
     engine = config.rollout.engine.model_copy(update={"num_engines": num_engines})
@@ -154,7 +171,8 @@ def _engine_gpus(config: Config) -> int:
 
 
 def _total(config: Config) -> int:
-    return config.parallel.num_ranks + _engine_gpus(config)
+    is_colocated = config.cluster.placement == "colocated"
+    return config.parallel.num_ranks + (0 if is_colocated else _engine_gpus(config))
 
 
 def _stage(config: Config, model: Model, work: Work, stage: int) -> StagePlan:

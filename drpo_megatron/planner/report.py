@@ -34,7 +34,8 @@ def print_plan(config: Config, model: Model, plan: Plan) -> None:
     console.print(
         f"{config.run.name}: {model.num_parameters / 1e9:.2f} B parameters, {model.num_active_parameters / 1e9:.2f} B "
         f"active; {plan.num_gpus} GPUs = {parallel.num_ranks} trainer ranks ({layout or 'no model parallelism'}, data "
-        f"{parallel.data}) + {engine.num_replicas} engine(s) of {engine.gpus_per_replica}",
+        f"{parallel.data}) {'shared with' if plan.is_colocated else '+'} {engine.num_replicas} engine(s) of "
+        f"{engine.gpus_per_replica}",
         highlight=False,
         soft_wrap=True,
     )
@@ -110,7 +111,19 @@ def _engine_line(plan: Plan) -> str:
     return (
         f"engines, a GPU: weights {gib(rollout.weight_bytes)}, keys and values {gib(rollout.cache_bytes)} at "
         f"{rollout.cache_bytes_per_token / 1024:.0f} KiB a token: {rollout.concurrency} sequences of "
-        f"{plan.work.longest_tokens} tokens at once in each of {rollout.num_replicas}"
+        f"{plan.work.longest_tokens} tokens at once in each of {rollout.num_replicas}{_sharing(plan)}"
+    )
+
+
+def _sharing(plan: Plan) -> str:
+    """Ranks and engines take turns, so a GPU holds the larger of two things, not both."""
+    if not plan.is_colocated:
+        return ""
+    states = max(stage.states.total for stage in plan.stages)
+    return (
+        f"\ncolocated: {gib(states)} of parameters, gradients and optimizer states stay on a GPU; beside them the larger of "
+        f"the ranks' activations and loss and the engine's weights and cache, which it releases while the ranks train; set "
+        f"rollout.engine.flags.mem-fraction-static to at most {plan.engine_share:.2f}"
     )
 
 

@@ -66,7 +66,8 @@ def engine_of(config: Config) -> Engine:
     )
 
 
-def plan_rollout(model: Model, config: Config, work: Work, gpu_bytes: float) -> Rollout:
+def plan_rollout(model: Model, config: Config, work: Work, gpu_bytes: float, held_bytes: float = 0) -> Rollout:
+    """held_bytes: of each GPU, by the ranks that the engines share it with. They keep their states while engines draw."""
     engine = engine_of(config)
     in_layers = sum(layer.total for layer in model.layers)
     outside = (model.num_parameters - in_layers) * engine.weight_bytes
@@ -75,7 +76,7 @@ def plan_rollout(model: Model, config: Config, work: Work, gpu_bytes: float) -> 
     head = model.key / model.num_groups
     a_token = 2 * sum(model.caches_keys) * groups * head * engine.cache_bytes
     state = model.caches_keys.count(False) * model.recurrent_state * _STATE_BYTES / engine.gpus
-    cache = gpu_bytes * ENGINE_MEMORY_SHARE - weights
+    cache = gpu_bytes * ENGINE_MEMORY_SHARE - held_bytes - weights
     concurrency = max(0, int(cache / (a_token * work.longest_tokens + state)))
     seconds = _seconds(model, config, work, engine, weights * engine.gpus, concurrency)
     return Rollout(engine.num_replicas, engine.gpus, weights, cache, a_token, concurrency, seconds)

@@ -14,6 +14,7 @@ from drpo_megatron.config import Config, load_config
 from drpo_megatron.config.checks import layout_problems
 from drpo_megatron.config.hf_config import read_hf_config
 from drpo_megatron.planner.activations import chunks_in_flight
+from drpo_megatron.planner.hardware import RESERVED_BYTES
 from drpo_megatron.planner.model import read_model
 from drpo_megatron.planner.plan import make_plan, on_gpus
 from drpo_megatron.planner.search import remedies, search
@@ -86,6 +87,24 @@ def test_on_more_gpus_engines_keep_their_share() -> None:
     assert (config.parallel.num_ranks, config.rollout.engine.num_engines) == (32, 16)
     with pytest.raises(ValueError, match=r"--gpus 40 can't be shared .* multiples of 8 .* use 16, 32, .* GPUs"):
         on_gpus(recipe(), 40)
+
+
+def test_colocated_engines_use_the_ranks_gpus_and_what_their_states_leave() -> None:
+    apart = recipe("parallel.num_ranks=32", "rollout.engine.num_engines=16")
+    together = recipe("parallel.num_ranks=32", "rollout.engine.num_engines=16", "cluster.placement=colocated")
+    beside, shared = (make_plan(config, model_of(config), GPU) for config in (apart, together))
+    assert (beside.num_gpus, shared.num_gpus) == (64, 32)
+    # Training needs what it needs: the engines release their memory, all but what a second process reserves.
+    assert shared.fullest.total == beside.fullest.total
+    assert beside.usable_bytes - shared.usable_bytes == RESERVED_BYTES
+    states = max(stage.states.total for stage in shared.stages)
+    assert beside.rollout.cache_bytes - shared.rollout.cache_bytes == states + RESERVED_BYTES
+    assert shared.rollout.weight_bytes == beside.rollout.weight_bytes
+    assert states + shared.engine_share * GPU < GPU - RESERVED_BYTES
+    scaled = on_gpus(together, 64)
+    assert (scaled.parallel.num_ranks, scaled.rollout.engine.num_engines) == (64, 32)
+    with pytest.raises(ValueError, match=r"--gpus 33 .* use 24, 32, 40, 48 GPUs"):
+        on_gpus(together, 33)
 
 
 def test_a_remedy_makes_a_recipe_fit() -> None:
