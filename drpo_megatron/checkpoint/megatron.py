@@ -13,23 +13,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from safetensors.torch import load_file, save_file
 
 from drpo_megatron.checkpoint.hf_files import FOLDER, keep_hf_files_of_training
 from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 
 COUNTERS_FILE = "trainer.json"
+AMAX_FILE = "amax_history-rank{}.safetensors"
+"""What emulated delayed scaling remembers; no file where it remembers nothing."""
 
 
 def save_checkpoint(
-    directory: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any, counters: dict[str, Any], hf_path: str
+    directory: Path,
+    chunks: Sequence[Any],
+    optimizer: Any,
+    schedule: Any,
+    counters: dict[str, Any],
+    hf_path: str,
+    amax_history: dict[str, torch.Tensor],
 ) -> None:
     """Collective. `directory` is new or empty, on a file system that all ranks share.
 
     Args:
         counters: small JSON-able numbers of the trainer, given back by `read_counters`.
         hf_path: the Hugging Face checkpoint of the run, whose config, tokenizer and file names are kept.
+        amax_history: this rank's, of delayed scaling.
     """
     directory = Path(directory)
     if dist.get_rank() == 0:
@@ -38,6 +49,8 @@ def save_checkpoint(
     state = _sharded_state(chunks, optimizer, is_loading=False)
     state["schedule"] = schedule.state_dict()
     dist_checkpointing.save(state, str(directory))
+    if amax_history:
+        save_file(amax_history, directory / AMAX_FILE.format(dist.get_rank()))
     dist.barrier()
     if dist.get_rank() == 0:
         keep_hf_files_of_training(hf_path, directory / FOLDER)
@@ -49,6 +62,12 @@ def save_checkpoint(
 def read_counters(directory: Path) -> dict[str, Any]:
     """What `save_checkpoint` was given as counters. ValueError when the directory holds no finished checkpoint."""
     return _record(directory)["counters"]
+
+
+def read_amax_history(directory: Path, chunks: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """This rank's of `save_checkpoint`; empty when there is none, or when another layout saved it."""
+    file = Path(directory) / AMAX_FILE.format(dist.get_rank())
+    return load_file(file) if file.is_file() and _record(directory)["layout"] == _layout(chunks) else {}
 
 
 def load_weights(directory: str | Path, chunks: Sequence[Any]) -> None:

@@ -48,7 +48,8 @@ class EmulatedProduct:
         self.has_run = False
         """Whether it ever multiplied rounded operands."""
         self.probe: Probe | None = None
-        self._history: dict[Role, deque[float]] = {}
+        self.history: dict[Role, deque[float]] = {}
+        """Of delayed scaling: the amax of the last uses."""
 
     def __call__(
         self,
@@ -105,15 +106,15 @@ class EmulatedProduct:
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
         """Delayed scaling forgets what it sees in the block."""
-        before = {role: history.copy() for role, history in self._history.items()}
+        before = {role: history.copy() for role, history in self.history.items()}
         yield
-        self._history = before
+        self.history = before
 
     def _remembered_amax(self, x: torch.Tensor, format: Format | Noise, role: Role, records: bool) -> torch.Tensor:
         """Largest amax of earlier uses; the first has only its own."""
         assert isinstance(format, Format)
         own = block_amax(x, format).amax()
-        history = self._history.setdefault(role, deque(maxlen=HISTORY_LENGTH))
+        history = self.history.setdefault(role, deque(maxlen=HISTORY_LENGTH))
         amax = own.new_tensor(max(history)) if history else own
         if records:
             history.append(float(own))

@@ -5,16 +5,18 @@ Import only after `platform.activate`.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from drpo_megatron.config.precision import PrecisionSection
 from drpo_megatron.precision.layers import is_kept
-from drpo_megatron.precision.recipes import TrainPrecision
-from drpo_megatron.trainer.emulation import EmulatedProduct, emulate
+from drpo_megatron.precision.recipes import HISTORY_LENGTH, TrainPrecision
+from drpo_megatron.trainer.emulation import ROLES, EmulatedProduct, Role, emulate
 from drpo_megatron.trainer.forward import unwrap
 
 
@@ -69,6 +71,37 @@ class LowPrecision:
             for product in self.products:
                 stack.enter_context(product.unrecorded())
             yield
+
+    def amax_history(self) -> dict[str, torch.Tensor]:
+        """What delayed scaling remembers on this rank, for its checkpoint: FP64 [uses] by layer, linear and operand."""
+        return {
+            name: torch.tensor(history, dtype=torch.float64)
+            for name, (product, role) in self._remembered().items()
+            if (history := product.history.get(role))
+        }
+
+    def load_amax_history(self, saved: dict[str, torch.Tensor]) -> None:
+        """Go on with the history of a checkpoint; without one, or with another layout's, begin a new one and say so."""
+        remembered = self._remembered()
+        if not remembered:
+            return
+        if not saved or not saved.keys() <= remembered.keys():
+            print(
+                "precision.train: delayed scaling begins anew; the checkpoint has no history of this layout", flush=True
+            )
+            saved = {}
+        for name, (product, role) in remembered.items():
+            product.history.pop(role, None)
+            if name in saved:
+                product.history[role] = deque(saved[name].tolist(), maxlen=HISTORY_LENGTH)
+
+    def _remembered(self) -> dict[str, tuple[EmulatedProduct, Role]]:
+        return {
+            f"layers.{product.layer}.{product.name}.{role}": (product, role)
+            for product in self.products
+            if product.recipe.operands.has_history
+            for role in ROLES
+        }
 
     def _switch(self, is_on: bool) -> None:
         for product in self.products:

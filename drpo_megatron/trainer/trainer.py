@@ -243,11 +243,19 @@ class Trainer:
             "is_warming_up": self.is_warming_up,
         }
         with optimizer_scope():
-            save_checkpoint(directory, self.chunks, self.optimizer, self.schedule, counters, self.config.model.hf_path)
+            save_checkpoint(
+                directory,
+                self.chunks,
+                self.optimizer,
+                self.schedule,
+                counters,
+                self.config.model.hf_path,
+                self.low_precision.amax_history(),
+            )
 
     def load_checkpoint(self, directory: Path) -> None:
         """Continue exactly where `save_checkpoint` was called. Raises ValueError naming what is missing."""
-        from drpo_megatron.checkpoint.megatron import load_checkpoint, read_counters
+        from drpo_megatron.checkpoint.megatron import load_checkpoint, read_amax_history, read_counters
 
         counters = read_counters(directory)
         if counters["is_warming_up"] != self.is_warming_up:
@@ -255,6 +263,7 @@ class Trainer:
             self._build_optimizer()
         with optimizer_scope():
             load_checkpoint(directory, self.chunks, self.optimizer, self.schedule)
+        self.low_precision.load_amax_history(read_amax_history(directory, self.chunks))
         self.policy_version = counters["policy_version"]
         self.num_rollouts = counters["num_rollouts"]
 

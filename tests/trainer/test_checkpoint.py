@@ -15,7 +15,13 @@ TP2EP2 = {"num_ranks": 2, "tensor": 2, "sequence": True, "expert": 2}
 
 
 def train(
-    rank: int, world_size: int, hf_path: str, parallel: dict[str, Any], load: str | None, save: str | None
+    rank: int,
+    world_size: int,
+    hf_path: str,
+    parallel: dict[str, Any],
+    load: str | None,
+    save: str | None,
+    precision: str = "bf16",
 ) -> Any:
     """Two rollouts, or (when `load` is given) the second of them only. What the second reported, and the weights."""
     from drpo_megatron.trainer.platform import activate
@@ -25,7 +31,12 @@ def train(
 
     # Wide, so that the first steps of Adam, which are of size lr whatever the gradient's rounding, stay comparable.
     trainer = Trainer(
-        tiny_config(hf_path, parallel, trainer={"optimizer": {"lr": 1e-3, "schedule": "cosine", "eps": 1e-4}})
+        tiny_config(
+            hf_path,
+            parallel,
+            trainer={"optimizer": {"lr": 1e-3, "schedule": "cosine", "eps": 1e-4}},
+            precision={"train": {"name": precision}},
+        )
     )
     if load is None:
         trainer.train_step(random_samples(8, seed=1))
@@ -52,6 +63,19 @@ def test_same_layout_continues_bitwise(saved: tuple[str, str, Any]) -> None:
     assert resumed_metrics == pytest.approx(metrics, rel=0, abs=0, nan_ok=True)
     assert resumed_version == version == 2
     assert all(torch.equal(resumed_weights[name], weight) for name, weight in weights.items())
+
+
+def test_delayed_scaling_continues_with_its_history(saved: tuple[str, str, Any], tmp_path: Path) -> None:
+    hf_path, delayed = saved[0], "fp8-delayed"
+    [(metrics, weights, _)] = run_ranks(1, train, hf_path, {}, None, str(tmp_path / "checkpoint"), delayed)
+    [(resumed_metrics, resumed_weights, _)] = run_ranks(
+        1, train, hf_path, {}, str(tmp_path / "checkpoint"), None, delayed
+    )
+    assert resumed_metrics == pytest.approx(metrics, rel=0, abs=0, nan_ok=True)
+    assert all(torch.equal(resumed_weights[name], weight) for name, weight in weights.items())
+    (tmp_path / "checkpoint" / "amax_history-rank0.safetensors").unlink()
+    [(_, anew, _)] = run_ranks(1, train, hf_path, {}, str(tmp_path / "checkpoint"), None, delayed)
+    assert not all(torch.equal(anew[name], weight) for name, weight in weights.items())
 
 
 @pytest.mark.parametrize(
