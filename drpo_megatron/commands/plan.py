@@ -122,6 +122,7 @@ def _print(args: argparse.Namespace, config: Config, hf_config: HFModelConfig, m
 
 
 def what_to_change(config: Config, hf_config: HFModelConfig, model: Model, plan: Plan) -> str:
+    from drpo_megatron.planner.hardware import ENGINE_MEMORY_SHARE
     from drpo_megatron.planner.report import gib
     from drpo_megatron.planner.search import remedies
 
@@ -135,6 +136,12 @@ def what_to_change(config: Config, hf_config: HFModelConfig, model: Model, plan:
             f"can be used; {advice}; --search proposes layouts, --gpus more GPUs"
         )
     rollout = plan.rollout
+    if plan.engines_fit:
+        return (
+            f"rollout.engine.flags.mem-fraction-static={plan.asked_share:g} (SGLang takes about {ENGINE_MEMORY_SHARE} if it is "
+            f"not given) is too much with cluster.placement=colocated, beside the ranks' parameters, gradients and optimizer "
+            f"states; set it to at most {plan.engine_share:g}"
+        )
     return (
         f"an engine has {gib(rollout.cache_bytes)} of a GPU left for keys and values after {gib(rollout.weight_bytes)} of "
         f"weights, too little for one sequence; use rollout.engine.name=sglang with a larger "

@@ -10,7 +10,7 @@ from drpo_megatron.config import Config
 from drpo_megatron.config.sections import ParallelSection
 from drpo_megatron.planner.activations import chunks_in_flight, stage_activation_bytes
 from drpo_megatron.planner.communication import Traffic, stage_traffic
-from drpo_megatron.planner.hardware import RESERVED_BYTES
+from drpo_megatron.planner.hardware import ENGINE_MEMORY_SHARE, RESERVED_BYTES
 from drpo_megatron.planner.loss import loss_workspace_bytes
 from drpo_megatron.planner.model import Model
 from drpo_megatron.planner.parameters import StageParameters, StateBytes, stage_parameters, state_bytes
@@ -53,6 +53,8 @@ class Plan:
     is_colocated: bool
     """Engines on the ranks' GPUs: the ranks' states are always there, and beside them what is larger: a step's
     activations and loss, or the engine's weights and cache, which it releases while the ranks train."""
+    asked_share: float
+    """What the recipe lets an engine fill of a GPU that it shares; 0 where it shares none."""
 
     @property
     def num_gpus(self) -> int:
@@ -84,8 +86,12 @@ class Plan:
         return self.rollout.concurrency >= 1
 
     @property
+    def share_fits(self) -> bool:
+        return self.asked_share <= self.engine_share
+
+    @property
     def fits(self) -> bool:
-        return self.ranks_fit and self.engines_fit
+        return self.ranks_fit and self.engines_fit and self.share_fits
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
@@ -117,7 +123,13 @@ def make_plan(config: Config, model: Model, gpu_bytes: int) -> Plan:
     held = max(stage.states.total for stage in stages) + RESERVED_BYTES if is_colocated else 0
     rollout = plan_rollout(model, config, work, gpu_bytes, held)
     time = step_time(model, config, work, [stage.traffic for stage in stages], rollout.seconds)
-    return Plan(config.parallel, config.model.recompute, gpu_bytes, work, stages, rollout, time, is_colocated)
+    asked = _asked_share(config) if is_colocated else 0.0
+    return Plan(config.parallel, config.model.recompute, gpu_bytes, work, stages, rollout, time, is_colocated, asked)
+
+
+def _asked_share(config: Config) -> float:
+    flags = getattr(config.rollout.engine, "flags", {})
+    return float(flags.get("mem-fraction-static", ENGINE_MEMORY_SHARE))
 
 
 def on_gpus(config: Config, num_gpus: int) -> Config:

@@ -122,8 +122,8 @@ def _sharing(plan: Plan) -> str:
     states = max(stage.states.total for stage in plan.stages)
     return (
         f"\ncolocated: {gib(states)} of parameters, gradients and optimizer states stay on a GPU; beside them the larger of "
-        f"the ranks' activations and loss and the engine's weights and cache, which it releases while the ranks train; set "
-        f"rollout.engine.flags.mem-fraction-static to at most {plan.engine_share:.2f}"
+        f"the ranks' activations and loss and the engine's weights and cache, which it releases while the ranks train: "
+        f"rollout.engine.flags.mem-fraction-static of at most {plan.engine_share:g}"
     )
 
 

@@ -101,6 +101,10 @@ def test_colocated_engines_use_the_ranks_gpus_and_what_their_states_leave() -> N
     assert beside.rollout.cache_bytes - shared.rollout.cache_bytes == states + RESERVED_BYTES
     assert shared.rollout.weight_bytes == beside.rollout.weight_bytes
     assert states + shared.engine_share * GPU < GPU - RESERVED_BYTES
+    assert not shared.fits  # The recipe's engines ask for 0.85 of a GPU.
+    share = f"rollout.engine.flags.mem-fraction-static={shared.engine_share}"
+    fitting = recipe("parallel.num_ranks=32", "rollout.engine.num_engines=16", "cluster.placement=colocated", share)
+    assert make_plan(fitting, model_of(fitting), GPU).fits
     scaled = on_gpus(together, 64)
     assert (scaled.parallel.num_ranks, scaled.rollout.engine.num_engines) == (64, 32)
     with pytest.raises(ValueError, match=r"--gpus 33 .* use 24, 32, 40, 48 GPUs"):
