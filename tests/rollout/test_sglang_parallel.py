@@ -21,6 +21,8 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.mark.parametrize("sync", ["disk", "tensor", "distributed"])
 def test_two_ranks_draw_with_the_weights_that_were_sent(two_ranks: Served, sync: str) -> None:
     engine = two_ranks.engine(sync, tensor_parallel=2)
+    publish(engine, weights(two_ranks, seed=20))
+    engine.release_memory()  # Both ranks meet before they let go of the weights.
     tensors = weights(two_ranks, seed=21)
     version = publish(engine, tensors)
     drawn = engine.generate(requests(16), SamplingParams(12))
