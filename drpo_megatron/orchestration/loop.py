@@ -18,7 +18,8 @@
 
 The engines draw with the weights of version v; the ranks train on that rollout and hold v + 1, which `publish` brings
 to the engines. With rollout.max_staleness=0 nothing is drawn ahead, so nothing is ever stale. With k the engines draw
-for the next k steps while the ranks train, and a sample is trained on at most k versions after it was drawn.
+for the next k steps while the ranks train, and a sample is trained on at most k versions after it was drawn. Servers
+on the ranks' GPUs (cluster.placement=colocated) give their memory back from `release`, before training, to `publish`.
 
 All draws of the embedded engine come from (seed, step, prompt), it keeps no state of its own, and takes weights only
 between rollouts. So a resumed run continues bit by bit, whatever the staleness. SGLang takes weights at any time: a

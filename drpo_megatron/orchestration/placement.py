@@ -69,20 +69,23 @@ def ranks_have_gpus(config: Config, numbers: Numbers) -> bool:
     resources = ray.cluster_resources()
     num_cpus, num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     num_ranks, backend, engine = numbers.ranks, config.trainer.backend, config.rollout.engine
+    uses_nccl = isinstance(engine, SGLangEngineSection) and engine.uses_nccl
     if num_cpus < (needed := sum(numbers)):
         raise ValueError(f"the Ray cluster has {num_cpus} CPUs, but the run needs {needed}, one a process")
     if backend == "cpu" or (backend == "auto" and num_gpus == 0):
-        if isinstance(engine, SGLangEngineSection) and engine.uses_nccl:
+        if uses_nccl:
             raise ValueError(
                 f"rollout.engine.broadcast=nccl needs GPUs: trainer.backend={backend} uses none of the {num_gpus} that Ray "
                 "sees; set rollout.engine.broadcast=gloo"
             )
         return False
     each = 0 if is_colocated(config, numbers) else gpus_a_server(config)
-    if (needed := num_ranks + numbers.servers * each) > num_gpus >= num_ranks:
+    of_sender = int(uses_nccl and not num_ranks)  # Without a rank whose GPU it could share.
+    if (needed := num_ranks + of_sender + numbers.servers * each) > num_gpus >= num_ranks:
         raise ValueError(
             f"parallel.num_ranks={num_ranks} and rollout.engine.num_engines={numbers.servers} servers of "
-            f"{each} GPUs need {needed}, but Ray sees {num_gpus}; use fewer, or more nodes"
+            f"{each} GPUs{', and rollout.engine.broadcast=nccl,' if of_sender else ''} need {needed}, but Ray sees "
+            f"{num_gpus}; use fewer, or more nodes"
         )
     if num_gpus < num_ranks:
         raise ValueError(

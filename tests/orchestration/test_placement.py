@@ -77,6 +77,7 @@ def test_disaggregated_servers_get_gpus_of_their_own_and_a_sender_by_nccl_that_o
             config(4, "disaggregated", num_engines=2, tensor_parallel=2),
             "num_ranks=4 and rollout.engine.num_engines=2 servers of 2 GPUs need 8, but Ray sees 4",
         ),
+        (config(2, "disaggregated", num_engines=3), "num_ranks=2 and .*num_engines=3 servers of 1 GPUs need 5, but"),
         (config(5, "colocated", num_engines=5), "num_ranks=5 needs as many GPUs, but Ray sees 4"),
         (
             config(1, "disaggregated", backend="cpu", broadcast="nccl"),
@@ -88,6 +89,16 @@ def test_what_four_gpus_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 4.0})
     with pytest.raises(ValueError, match=expected):
         ranks_have_gpus(chosen, Numbers.of(chosen, trains=True))
+
+
+def test_without_ranks_a_sender_by_nccl_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 4.0})
+    gloo, nccl = (config(1, "disaggregated", num_engines=4, broadcast=name) for name in ("gloo", "nccl"))
+    assert ranks_have_gpus(gloo, Numbers.of(gloo, trains=False))
+    with pytest.raises(
+        ValueError, match="4 servers of 1 GPUs, and rollout.engine.broadcast=nccl, need 5, but Ray sees 4"
+    ):
+        ranks_have_gpus(nccl, Numbers.of(nccl, trains=False))
 
 
 def test_a_server_is_not_torn_between_machines() -> None:
