@@ -63,26 +63,35 @@ class DiskTransport:
         self._num_files = 0
 
     def open(self, clients: Sequence[SGLangClient], some_are_new: bool) -> None:
+        """Raises SyncFailed, as `send` does, when the directory can't be written."""
         self.close()
-        self._directory = Path(tempfile.mkdtemp(prefix="weights-", dir=self.section.sync_dir))
         self._num_files = 0
-        shutil.copy(self.hf_path / "config.json", self._directory)
+        config = self.hf_path / "config.json"
+        with self._writing(config.name, config.stat().st_size):
+            self._directory = Path(tempfile.mkdtemp(prefix="weights-", dir=self.section.sync_dir))
+            shutil.copy(config, self._directory)
 
     def send(self, bucket: NamedTensors, clients: Sequence[SGLangClient]) -> Failed:
         """Raises SyncFailed when the file can't be written; what was written of this update is removed then."""
         assert self._directory is not None
-        file = self._directory / f"model-{self._num_files:05d}.safetensors"
-        try:
-            save_file(dict(bucket), file)
-        except (OSError, SafetensorError) as error:
-            num_bytes, free = sum(tensor.nbytes for _, tensor in bucket), shutil.disk_usage(self._directory).free
-            self.close()
-            raise SyncFailed(
-                f"rollout.engine.sync=disk: {file} of {num_bytes:,} bytes could not be written, with {free:,} bytes free: "
-                f"{error}; make room, or set rollout.engine.sync_dir to a larger disk"
-            ) from None
+        name = f"model-{self._num_files:05d}.safetensors"
+        with self._writing(name, sum(tensor.nbytes for _, tensor in bucket)):
+            save_file(dict(bucket), self._directory / name)
         self._num_files += 1
         return {}
+
+    @contextmanager
+    def _writing(self, name: str, num_bytes: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            parent = Path(self.section.sync_dir or tempfile.gettempdir())
+            free = shutil.disk_usage(parent).free
+            self.close()
+            raise SyncFailed(
+                f"rollout.engine.sync=disk: {name} of {num_bytes:,} bytes could not be written to {parent}, with {free:,} "
+                f"bytes free: {error}; make room, or set rollout.engine.sync_dir to a larger disk"
+            ) from None
 
     def finish(self, clients: Sequence[SGLangClient]) -> Failed:
         try:

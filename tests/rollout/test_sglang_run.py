@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,62 @@ def test_a_run_outlives_its_server_and_a_killed_run_leaves_none(tmp_path: Path) 
         assert command.still_running(left, within_s=30) == []
     finally:
         command.kill_group(process)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a disk that is small enough to fill")
+def test_what_ends_a_run_is_named_and_the_run_goes_on_when_it_is_mended(tmp_path: Path) -> None:
+    """First every new server dies at once, then the disk is full by which weights travel."""
+    disk, broken, python = tmp_path / "disk", tmp_path / "broken", tmp_path / "python"
+    disk.mkdir()
+    python.write_text(f'#!/bin/sh\n[ -e {broken} ] && exit 3\nexec {PYTHON} "$@"\n')
+    python.chmod(0o755)
+    engine = {"name": "sglang", "python": str(python), "sync": "disk", "sync_dir": str(disk), "max_restarts": 1}
+    command.prepare(
+        tmp_path,
+        run={"run_dir": "run", "num_steps": 60},
+        rollout={"engine": engine, "max_response_tokens": 6},
+        eval={"every": 0},
+        checkpoint={"every": 1, "keep": 1},
+    )
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", disk], check=True)
+    try:
+        process = command.start(tmp_path, "train", "run.yaml")
+        command.wait_for_step(process, tmp_path, 2, _PATIENCE_S)
+        broken.touch()
+        servers(process)[0].kill()
+        code, output = command.finish(process, tmp_path, _PATIENCE_S)
+        assert code == 1 and "ended with exit code 3" in output, output
+        assert "drpo-megatron train --resume run" in output
+        broken.unlink()
+
+        process = command.start(tmp_path, "train", "--resume", "run")
+        step = command.metrics(tmp_path / "run")[-1]["step"]
+        command.wait_for_step(process, tmp_path, step + 1, _PATIENCE_S)
+        fill_until_it_ends(process, disk / "filler")
+        code, output = command.finish(process, tmp_path, _PATIENCE_S)
+        assert code == 1 and "set rollout.engine.sync_dir to a larger disk" in output, output
+        (disk / "filler").unlink()
+        assert not any(disk.iterdir())
+
+        code, output = command.finish(command.start(tmp_path, "train", "--resume", "run"), tmp_path, _PATIENCE_S)
+        assert code == 0, output
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+    assert [row["step"] for row in command.metrics(tmp_path / "run")] == list(range(61))
+    assert max(abs_prob_shifts(tmp_path / "run")) < 1e-4
+
+
+def fill_until_it_ends(process: Any, file: Path) -> None:
+    """Again and again, since a synced file that is removed makes room for the next one."""
+    deadline = time.monotonic() + _PATIENCE_S
+    with file.open("wb", buffering=0) as stream:
+        while process.poll() is None:
+            assert time.monotonic() < deadline
+            try:
+                stream.write(bytes(4096))
+            except OSError:
+                time.sleep(0.01)
 
 
 def servers(process: Any) -> list[psutil.Process]:
