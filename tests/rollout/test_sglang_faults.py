@@ -186,7 +186,7 @@ def test_a_full_disk_fails_the_update_by_name_and_leaves_nothing_on_it(pair: Ser
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(SyncFailed, match="could not be written, .* set rollout.engine.sync_dir to a larger disk"):
+        with pytest.raises(SyncFailed, match="could not be written to .* set rollout.engine.sync_dir to a larger disk"):
             publish(engine, tensors)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
