@@ -11,6 +11,7 @@ and writes tensors in any order, by several threads, into files whose header is 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from drpo_megatron.checkpoint.torch_save import ByteRange
 
 DTYPES = {
     "F64": torch.float64,
@@ -36,6 +39,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NO_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -158,6 +162,31 @@ def write_tensor(path: Path, header: Header, name: str, tensor: torch.Tensor, in
             view, offset = view[count:], offset + count
     finally:
         os.close(descriptor)
+
+
+def copy_tensor(path: Path, header: Header, name: str, source: ByteRange) -> bool:
+    """Fill a tensor of the file with bytes of another one, inside of the kernel. Thread-safe.
+
+    Returns: False, and nothing is done, where the system or the two file systems have no such thing.
+    """
+    info, target = header.tensors[name], header.begins[name]
+    assert source.num_bytes == info.num_bytes, f"{name}: {source.num_bytes} bytes, not {info.num_bytes}"
+    if not hasattr(os, "copy_file_range"):  # Linux
+        return False
+    done = 0
+    with source.path.open("rb") as given, path.open("r+b") as written:
+        while done < info.num_bytes:
+            left = info.num_bytes - done
+            try:
+                count = os.copy_file_range(given.fileno(), written.fileno(), left, source.begin + done, target + done)
+            except OSError as error:
+                if error.errno in _NO_COPY and not done:
+                    return False
+                raise
+            if not count:
+                raise ValueError(f"{source.path} ended inside of {name}; another process has changed it")
+            done += count
+    return True
 
 
 def flush_file(path: Path) -> None:

@@ -42,6 +42,8 @@ from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, Writ
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
+from drpo_megatron.checkpoint.torch_save import ByteRange, tensor_bytes
+
 Shape = tuple[int, ...]
 FORMAT_FILES = ("metadata.json", ".metadata", "common.pt")
 _FORMAT = {
@@ -169,6 +171,16 @@ class TorchDistCheckpoint:
         if sum(math.prod(item.lengths) for item in items) != box.numel:
             raise ValueError(f"{self.directory}: {box.key} at {list(box.offset)} is stored in part only")
         self._reader.read_data(LoadPlan(items), _Destination(into)).wait()
+
+    def place(self, box: Box) -> ByteRange | None:
+        """Where the elements of a box lie one after the other; None where they don't, or can't be told."""
+        if box not in self._stored_whole:
+            return None
+        stored = self._reader.storage_data[MetadataIndex(box.key, box.offset)]
+        if stored.transform_descriptors:
+            return None
+        path = self.directory / stored.relative_path
+        return tensor_bytes(path, stored.offset, stored.length, self.dtype(box.key), box.size)
 
     def _check_files(self, metadata: Metadata) -> None:
         needed: dict[str, int] = {}

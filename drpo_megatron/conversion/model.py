@@ -12,7 +12,7 @@ from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 from drpo_megatron.config import Config
 from drpo_megatron.models import Family, get_family
 from drpo_megatron.models.family import typed_config
-from drpo_megatron.models.rules import Rule
+from drpo_megatron.models.rules import HFTensor, Rule
 from drpo_megatron.trainer.pieces import CheckpointMap, Parameter, Piece, map_checkpoint
 
 
@@ -37,6 +37,26 @@ class ModelPlan:
 
     def parameter(self, rule: Rule) -> Parameter:
         return self.checkpoint.parameters[rule.key]
+
+    def moved(self, rule: Rule) -> dict[HFTensor, Piece]:
+        """The HF tensors of a rule that stand in the checkpoint as they are, byte for byte, as one piece: most of them.
+
+        The layout says so itself: what it merges from one whole parameter is a part of its memory, or new.
+        """
+        shape, pieces = self.parameter(rule)
+        whole = torch.empty(shape, dtype=torch.uint8)  # Never written or read, so it takes no memory.
+        places = {
+            (tensor.storage_offset(), tensor.numel()): hf
+            for hf, tensor in zip(rule.hf, rule.layout.merge([whole]), strict=True)
+            if tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() and tensor.is_contiguous()
+        }
+        found = {}
+        for piece in pieces:
+            part = piece.of(whole)
+            hf = places.get((part.storage_offset(), part.numel()))
+            if hf is not None and part.is_contiguous():
+                found[hf] = piece
+        return found
 
     def unstacked(self) -> ModelPlan:
         """The same model in the names of a checkpoint that holds every expert's tensors on their own."""

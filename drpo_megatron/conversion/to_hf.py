@@ -16,8 +16,9 @@ import torch
 from drpo_megatron.checkpoint.atomic import new_directory
 from drpo_megatron.checkpoint.hf import copy_other_files
 from drpo_megatron.checkpoint.hf_files import FOLDER, TENSORS_FILE, CarriedFiles, FileLayout, write_config
-from drpo_megatron.checkpoint.safetensors_file import TensorInfo, create_file, write_tensor
+from drpo_megatron.checkpoint.safetensors_file import TensorInfo, copy_tensor, create_file, write_tensor
 from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
+from drpo_megatron.checkpoint.torch_save import ByteRange
 from drpo_megatron.conversion import fp8 as block_fp8
 from drpo_megatron.conversion.model import ModelPlan, differences
 from drpo_megatron.conversion.report import progress_bar
@@ -70,6 +71,8 @@ def megatron_to_hf(
             output = _Output(scratch, layout, advance, flush)
 
             def convert(rule: Rule) -> None:
+                if output.copy(export.places(rule, infos)):
+                    return
                 for hf, tensor in zip(rule.hf, export.model.read(export.source, rule), strict=True):
                     if hf.name in export.quantised:
                         values, scale_inv = quantize_block128(tensor)
@@ -107,7 +110,18 @@ class _Output:
         """A tensor, in the dtype of the file, or `tensor[index]` of it."""
         file, info = self._file_of[name], self._infos[name]
         write_tensor(self._directory / file, self._layout.headers[file], name, tensor.to(info.dtype), index)
-        num_bytes = info.num_bytes if index is None else info.num_bytes // info.shape[0]
+        self._written(file, info.num_bytes if index is None else info.num_bytes // info.shape[0])
+
+    def copy(self, places: dict[str, ByteRange]) -> bool:
+        """Tensors from where they lie in other files. False, and nothing is done, if that isn't possible."""
+        for name, place in places.items():
+            file = self._file_of[name]
+            if not copy_tensor(self._directory / file, self._layout.headers[file], name, place):
+                return False
+            self._written(file, place.num_bytes)
+        return bool(places)
+
+    def _written(self, file: str, num_bytes: int) -> None:
         self._advance(num_bytes)
         with self._lock:
             self._bytes_left[file] -= num_bytes
@@ -161,6 +175,19 @@ class _Export:
             for copy in (name for name in rule.hf_copies if name in before):
                 after[copy] = {copy: after[rule.hf[0].name][rule.hf[0].name]}
         return cls(source, carried, written, config, carried.layout.rebuilt(after.__getitem__), untrained, quantised)
+
+    def places(self, rule: Rule, infos: dict[str, TensorInfo]) -> dict[str, ByteRange]:
+        """Where the bytes of all its tensors lie; empty unless all of them stay as they are. `infos`: what is written."""
+        pieces, found = self.model.moved(rule), {}
+        for hf in rule.hf:
+            piece = pieces.get(hf)
+            if piece is None or hf.slice or hf.name in self.quantised or any(name in infos for name in rule.hf_copies):
+                return {}
+            place = self.source.place(piece.box)
+            if place is None or self.source.dtype(piece.box.key) != infos[hf.name].dtype:
+                return {}
+            found[hf.name] = place
+        return found
 
     def num_bytes_needed(self, rule: Rule) -> int:
         """In memory: chunk, parameter and HF tensors; to quantise, a few FP32 copies."""

@@ -16,7 +16,7 @@ from drpo_megatron.checkpoint.torch_dist import Box, Chunk, TorchDistWriter
 from drpo_megatron.conversion.report import progress_bar
 from drpo_megatron.conversion.source import HFSource
 from drpo_megatron.conversion.workers import flushing, run_tasks
-from drpo_megatron.models.rules import Rule
+from drpo_megatron.models.rules import HFTensor, Rule
 from drpo_megatron.trainer.pieces import Piece
 
 FILE_BYTES = 128 * 2**20
@@ -30,6 +30,8 @@ class _Part:
     rule: Rule
     piece: Piece
     dtype: torch.dtype
+    same: HFTensor | None
+    """The one that it is, byte for byte but for the dtype."""
 
     @property
     def chunk(self) -> Chunk:
@@ -78,7 +80,7 @@ def hf_to_megatron(
 
 
 class _Values:
-    """The tensors of a group's chunks, asked for in their order. One parameter is in memory."""
+    """The tensors of a group's chunks, asked for in their order. At most one parameter is kept."""
 
     def __init__(self, source: HFSource, group: Sequence[_Part]) -> None:
         self._source = source
@@ -88,6 +90,8 @@ class _Values:
 
     def __call__(self, box: Box) -> torch.Tensor:
         part = self._parts[box]
+        if part.same is not None:
+            return self._source.get(part.same).to(part.dtype).view(box.size)
         if part.rule is not self._rule:
             self._rule, self._parameter = part.rule, torch.empty(0)  # The last one goes before the next one comes.
             self._parameter = self._build(part)
@@ -102,13 +106,16 @@ class _Values:
 def _parts(source: HFSource, dtype: torch.dtype | None) -> list[_Part]:
     """Every chunk, parameter by parameter."""
     dtypes: dict[str, torch.dtype] = {}
-    pieces = [(rule, piece) for rule in source.model.rules for piece in source.model.parameter(rule).pieces]
-    for rule, piece in pieces:
+    pieces = []
+    for rule in source.model.rules:
+        same = {piece: hf for hf, piece in source.model.moved(rule).items()}
+        pieces += [(rule, piece, same.get(piece)) for piece in source.model.parameter(rule).pieces]
+    for rule, piece, _ in pieces:
         key = piece.box.key
         for hf in rule.hf:
             own = dtype or source.info(hf.name).dtype
             dtypes[key] = torch.promote_types(dtypes.get(key, own), own)
-    return [_Part(rule, piece, dtypes[piece.box.key]) for rule, piece in pieces]
+    return [_Part(rule, piece, dtypes[piece.box.key], same) for rule, piece, same in pieces]
 
 
 def _groups(parts: Sequence[_Part]) -> list[list[_Part]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from drpo_megatron.checkpoint.hf import INDEX_FILE, HFCheckpoint
+from drpo_megatron.checkpoint.torch_dist import Box, TorchDistCheckpoint
 from drpo_megatron.conversion.to_hf import megatron_to_hf
 from drpo_megatron.conversion.to_megatron import hf_to_megatron
 from drpo_megatron.conversion.verify import verify
@@ -104,6 +106,25 @@ def test_there_and_back_is_the_same_directory_byte_for_byte(name: str, tmp_path:
     assert same_files(source, tmp_path / "back")
     result = verify(source, tmp_path / "megatron")
     assert (result.num_cast, result.differences) == (0, [])
+
+
+def test_only_what_changes_is_read_and_copies_are_the_same_as_reads(
+    model: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: set[str] = set()
+    really_read = TorchDistCheckpoint.read
+
+    def noted(self: TorchDistCheckpoint, box: Box, into: torch.Tensor) -> None:
+        read.add(box.key)
+        really_read(self, box, into)
+
+    monkeypatch.setattr(TorchDistCheckpoint, "read", noted)
+    megatron_to_hf(converted, tmp_path / "copied", say=silent)
+    assert read and all("linear_qkv" in key for key in read)
+    monkeypatch.delattr(os, "copy_file_range", raising=False)
+    megatron_to_hf(converted, tmp_path / "read", say=silent)
+    assert any("experts" in key for key in read)
+    assert same_files(model, tmp_path / "copied") and same_files(model, tmp_path / "read")
 
 
 def test_mixed_dtypes_and_a_written_out_tied_head_come_back(tmp_path: Path) -> None:
