@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from drpo_megatron.checkpoint.atomic import new_directory
 from drpo_megatron.checkpoint.hf_files import FOLDER, FileLayout, keep_hf_files
 from drpo_megatron.checkpoint.safetensors_file import TensorInfo
-from drpo_megatron.checkpoint.torch_dist import Box, Chunk, TorchDistWriter
+from drpo_megatron.checkpoint.torch_dist import Box, Chunk, TorchDistWriter, without_crc32
 from drpo_megatron.conversion.report import progress_bar
 from drpo_megatron.conversion.source import HFSource
 from drpo_megatron.conversion.workers import flushing, run_tasks
@@ -20,7 +21,7 @@ from drpo_megatron.models.rules import HFTensor, Rule
 from drpo_megatron.trainer.pieces import Piece
 
 FILE_BYTES = 128 * 2**20
-"""Of a file of the checkpoint, or one parameter that is larger: what a worker holds until the file is written."""
+"""Of a file of the checkpoint, or one parameter that is larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +68,13 @@ def hf_to_megatron(
             source.untrained,
         )
         writer = TorchDistWriter(scratch, [[part.chunk for part in group] for group in groups])
-        with progress_bar("to Megatron", sum(sizes)) as advance, flushing() as flush:
+        with progress_bar("to Megatron", sum(sizes)) as advance, flushing() as flush, without_crc32():
 
             def write(index: int) -> None:
                 flush(writer.write(index, _Values(source, groups[index])))
                 advance(sizes[index])
 
-            run_tasks(range(len(groups)), write, lambda index: 2 * sizes[index])
+            run_tasks(range(len(groups)), write, lambda index: _num_bytes_needed(source, groups[index]))
             for file in writer.finish(source.model.checkpoint.objects):
                 flush(file)
     say(f"{out}: {len(groups) + 1} files, {sum(sizes):,} bytes of weights, loadable in any layout")
@@ -130,6 +131,12 @@ def _groups(parts: Sequence[_Part]) -> list[list[_Part]]:
         groups[-1].append(part)
         num_bytes += part.chunk.num_bytes
     return groups
+
+
+def _num_bytes_needed(source: HFSource, group: Sequence[_Part]) -> int:
+    """In memory: of one parameter the HF tensors, what is made of them, and a piece of it."""
+    shapes = [(source.model.parameter(part.rule).shape, part.dtype) for part in group]
+    return max(3 * math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
 def _layout(source: HFSource, dtype: torch.dtype | None) -> FileLayout:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -15,6 +14,8 @@ from drpo_megatron.checkpoint.safetensors_file import flush_file
 
 Task = TypeVar("Task")
 
+NUM_WORKERS = 4
+"""Also where there are fewer cores: they wait for the disk by turns."""
 MAX_BYTES = 512 * 2**20
 """What tasks may hold together. One that needs more runs alone."""
 
@@ -48,7 +49,7 @@ def run_tasks(
                 free += needed
                 has_room.notify_all()
 
-    with _frozen_objects(), ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="convert") as pool:
+    with _frozen_objects(), ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="convert") as pool:
         futures = [pool.submit(run, task) for task in tasks]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
