@@ -91,6 +91,8 @@ class SGLangClient:
                     raise ServerError(response.status, f"{self.endpoint.url}{path}: {_words(await response.text())}")
                 is_json = response.content_type == "application/json"
                 return await response.json() if is_json else None
+        except ValueError as error:
+            raise ServerError(502, f"{self.endpoint.url}{path} answers with what is no JSON: {error}") from None
         except TimeoutError:
             raise ServerLost(f"{self.endpoint.url}{path} gave no answer within {timeout_s:g} s") from None
         except aiohttp.ClientError as error:
@@ -137,11 +139,15 @@ class SGLangClient:
         except (ServerLost, asyncio.CancelledError):
             await self._abort_quietly(rid)
             raise
-        generated = _parsed(answer, self.endpoint.url)
-        if not params.routed_experts:
-            return generated
-        num_tokens = len(request.prompt_ids) + len(generated.token_ids) - 1
-        return replace(generated, routed_experts=self._routed_experts(answer["meta_info"], num_tokens))
+        try:
+            generated = _parsed(answer, self.endpoint.url)
+            if not params.routed_experts:
+                return generated
+            num_tokens = len(request.prompt_ids) + len(generated.token_ids) - 1
+            return replace(generated, routed_experts=self._routed_experts(answer["meta_info"], num_tokens))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ServerError(500, f"{self.endpoint.url} answered a request with nonsense: {what}") from None
 
     def _routed_experts(self, meta: dict[str, Any], num_tokens: int) -> RoutedExperts:
         """Of the layers with experts: SGLang reports all layers, and for dense ones what happens to be there."""
