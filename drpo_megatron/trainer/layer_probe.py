@@ -77,14 +77,17 @@ def operand_statistics(x: torch.Tensor, rounded: torch.Tensor, *, may_saturate: 
         may_saturate: numbers can lie beyond the largest of the format, as one scale has it for the whole tensor.
     """
     x, rounded = x.detach().float(), rounded.detach().float()
-    is_something = x != 0
-    saturated = torch.zeros_like(is_something)
+    largest, is_something = x.abs(), x != 0
+    num_saturated = torch.zeros((), dtype=torch.long, device=x.device)
     if may_saturate and x.numel():
         # At the largest number, and further from it than rounding ever goes: half of a spacing, 1/8 of an E5M2 number.
-        saturated = (rounded.abs() == rounded.abs().max()) & (x.abs() > 1.13 * rounded.abs())
+        cut = rounded.abs()
+        num_saturated = ((cut == cut.max()) & (largest > 1.13 * cut)).sum()
+    # Sums and one maximum, rather than selections and copies in FP64: a look is at all numbers of a layer.
+    num_lost = ((rounded == 0) & is_something).sum()
     return {
-        "amax": Statistic.max(x.abs().flatten()),
-        "underflow_share": Statistic.mean((rounded == 0)[is_something]),
-        "saturated_share": Statistic.mean(saturated.flatten()),
+        "amax": Statistic.max(largest.max().reshape(1) if x.numel() else x.flatten()),
+        "underflow_share": Statistic("mean", torch.stack([num_lost, is_something.sum()]).double()),
+        "saturated_share": Statistic("mean", torch.stack([num_saturated, num_lost.new_tensor(x.numel())]).double()),
         "sqnr_db": Statistic.decibels(x.square().sum(), (x - rounded).square().sum()),
     }

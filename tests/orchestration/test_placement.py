@@ -58,6 +58,7 @@ def test_colocated_servers_stand_on_the_gpus_of_neighbouring_ranks(
     assert len({place.node_id for group in found.values() for place in group}) == 1
 
 
+@pytest.mark.slow
 def test_disaggregated_servers_get_gpus_of_their_own_and_a_sender_by_nccl_that_of_rank_0(
     elsewhere: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
