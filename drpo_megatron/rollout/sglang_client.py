@@ -29,8 +29,6 @@ T = TypeVar("T")
 
 _CONTROL_TIMEOUT_S = 30.0
 """For calls that ask for no work."""
-_KEEP_ALIVE_S = 2.0
-"""Less than uvicorn's 5 s: a connection that the server is about to close must not carry a request."""
 
 
 class ServerError(RuntimeError):
@@ -75,7 +73,8 @@ class SGLangClient:
         self.stop_token_ids = stop_token_ids
         self.routing = routing
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
+            # A connection each: on a busy machine the server closes an idle one just when it is given a request.
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
             headers={"Authorization": f"Bearer {endpoint.api_key}"},
         )
 
