@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
-import gc
 import json
 import platform
 import statistics
@@ -35,9 +33,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from benchmark_loss_methods import METHODS, Problem, make_problem, plain
 
-ERROR_ROWS = 128
+from drpo_megatron.trainer.loss_methods import (
+    ERROR_ROWS,
+    METHODS,
+    error_of,
+    gradients,
+    liger_reason,
+    make_problem,
+    peak_memory,
+    plain,
+    step,
+)
+
 DEFAULT_CASES = ((2048, 256, 32768, 1), (2048, 256, 32768, 2), (1024, 256, 151936, 1), (1024, 256, 151936, 2))
 
 
@@ -50,20 +58,6 @@ class Measured:
     collectives: int
     communicated_bytes: int
     error: float | None
-
-
-def step(method: Callable[[Problem], torch.Tensor], problem: Problem) -> None:
-    method(problem).backward()
-
-
-def gradients(method: Callable[[Problem], torch.Tensor], problem: Problem) -> list[torch.Tensor]:
-    step(method, problem)
-    return [problem.hidden.grad.double(), problem.weight.grad.double() + problem.weight.main_grad.double()]
-
-
-def error_of(method: Callable[[Problem], torch.Tensor], problem: Problem, exact: list[torch.Tensor]) -> float:
-    found = gradients(method, problem.rows(ERROR_ROWS, problem.hidden.dtype))
-    return max(((f - e).norm() / e.norm()).item() for f, e in zip(found, exact, strict=True))
 
 
 @contextlib.contextmanager
@@ -86,25 +80,6 @@ def counted_collectives() -> Iterator[list[int]]:
     finally:
         for name, function in originals.items():
             setattr(dist, name, function)
-
-
-def peak_memory(run: Callable[[], None], device: torch.device) -> int:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else memory that an earlier method freed would hide this one's
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
-    run()
-    return _status_bytes("VmHWM") - before
-
-
-def _status_bytes(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 def timed(run: Callable[[], None], device: torch.device) -> tuple[float, float]:
@@ -161,17 +136,6 @@ def rank_main(rank: int, case: tuple[int, int, int, int], args: argparse.Namespa
         Path(scratch, "result.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
-
-
-def liger_reason(tp: int) -> str | None:
-    """Why Liger cannot be measured here; None if it can."""
-    if tp > 1:
-        return "has no vocabulary parallelism"
-    try:
-        import liger_kernel.chunked_loss  # noqa: F401
-    except ImportError as error:
-        return f"not installed ({error})"
-    return None
 
 
 def run_case(case: tuple[int, int, int, int], args: argparse.Namespace) -> dict[str, Any]:

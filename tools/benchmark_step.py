@@ -100,11 +100,8 @@ def _rank(rank: int, args: argparse.Namespace, scratch: str) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    from benchmark_loss import peak_memory
-
     from drpo_megatron.config.sections import Config
     from drpo_megatron.objectives.aggregation import token_weights
-    from drpo_megatron.trainer.platform import optimizer_scope
     from drpo_megatron.trainer.setup import initialize_distributed
     from drpo_megatron.types import Sample
 
@@ -121,6 +118,8 @@ def _rank(rank: int, args: argparse.Namespace, scratch: str) -> None:
         }
     )
     initialize_distributed(config, rank, 2, dist.FileStore(f"{scratch}/store", 2), 300.0)
+    from drpo_megatron.trainer.bare_step import bare_step, cross_entropy_loss, plain_loss
+    from drpo_megatron.trainer.loss_methods import peak_memory
     from drpo_megatron.trainer.trainer import Trainer
 
     trainer = Trainer(config)
@@ -137,14 +136,6 @@ def _rank(rank: int, args: argparse.Namespace, scratch: str) -> None:
     weights = token_weights([args.response] * len(samples), "token-mean", args.response)
     work = trainer._work(samples, weights)
 
-    def step_with(loss: Any) -> None:
-        for chunk in trainer.chunks:
-            chunk.zero_grad_buffer()
-        trainer.optimizer.zero_grad()
-        trainer._run(work, loss, forward_only=False)
-        with optimizer_scope():
-            trainer.optimizer.step()
-
     def timed(step: Any) -> float:
         dist.barrier()
         started = time.perf_counter()
@@ -153,8 +144,8 @@ def _rank(rank: int, args: argparse.Namespace, scratch: str) -> None:
 
     methods = {
         "trainer": lambda: trainer.train_step(samples),
-        "plain loss": lambda: step_with(_plain(trainer)),
-        "cross entropy": lambda: step_with(_cross_entropy(trainer)),
+        "plain loss": lambda: bare_step(trainer, work, plain_loss(trainer)),
+        "cross entropy": lambda: bare_step(trainer, work, cross_entropy_loss(trainer)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(args.steps + 2):
@@ -163,41 +154,6 @@ def _rank(rank: int, args: argparse.Namespace, scratch: str) -> None:
     peak_bytes = {name: peak_memory(method, torch.device("cpu")) for name, method in methods.items()}
     (Path(scratch) / f"rank{rank}.json").write_text(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes}))
     dist.destroy_process_group()
-
-
-def _plain(trainer: Any) -> Any:
-    """Logits of Megatron's output layer, log-softmax, DRPO by its formula."""
-    from benchmark_loss_methods import drpo_formula, plain_logprobs
-
-    from drpo_megatron.trainer.forward import unwrap
-
-    model, group = unwrap(trainer.chunks[0]), trainer.layout.tp
-
-    def loss(batch: Any, hidden: Any, head: Any) -> tuple[Any, None]:
-        logits, _ = model.output_layer(hidden.unsqueeze(1))
-        start = group.rank() * logits.shape[-1]
-        logprobs = plain_logprobs(logits.squeeze(1).float(), batch.targets.clamp(min=0), start, group)
-        losses = drpo_formula(logprobs, batch.behavior_logprobs, batch.advantages)
-        return (losses * batch.weights).sum(), None
-
-    return loss
-
-
-def _cross_entropy(trainer: Any) -> Any:
-    """Megatron's output layer and loss, as GPTModel with labels computes them."""
-    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-
-    from drpo_megatron.trainer.forward import unwrap
-
-    model = unwrap(trainer.chunks[0])
-
-    def loss(batch: Any, hidden: Any, head: Any) -> tuple[Any, None]:
-        logits, _ = model.output_layer(hidden.unsqueeze(1))
-        targets = batch.targets.clamp(min=0).unsqueeze(1)
-        losses = vocab_parallel_cross_entropy(logits.float(), targets)
-        return (losses.squeeze(1) * batch.weights).sum(), None
-
-    return loss
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What tools/make_quickstart.py makes: a loadable checkpoint, disjoint splits, careless demonstrations."""
+"""What drpo_megatron/data/quickstart.py makes: a loadable checkpoint, disjoint splits, careless demonstrations."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from drpo_megatron.data.jsonl import read_jsonl
 from drpo_megatron.data.prompts import read_demonstrations, read_prompts
+from drpo_megatron.data.quickstart import make
 from drpo_megatron.data.tokenize import decode, encode_demonstration, encode_prompt, load_tokenizer
 from tests.tiny import tiny_config
-from tools.make_quickstart import make
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,15 @@
-"""The ways of computing the policy loss that benchmark_loss.py compares, and the problem they get."""
+"""Ways of computing the policy loss, ours among them, the problem they get, and what is measured of them.
+
+For tools/benchmark_loss.py, tools/benchmark_step.py and `doctor --accept`. Wants a default process group.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +19,8 @@ from drpo_megatron.objectives import build
 from drpo_megatron.trainer.vocab_parallel import vocab_parallel_policy_loss
 
 DELTA = 0.15
+ERROR_ROWS = 128
+"""Of the problem, for which float64 logits fit beside it."""
 
 
 @dataclass(frozen=True)
@@ -177,3 +185,50 @@ METHODS: dict[str, Callable[[Problem], torch.Tensor]] = {
     "ours": ours,
     "ours, low memory": ours_low_memory,
 }
+
+
+# --- measurements ----------------------------------------------------------------------------------------------
+
+
+def step(method: Callable[[Problem], torch.Tensor], problem: Problem) -> None:
+    method(problem).backward()
+
+
+def gradients(method: Callable[[Problem], torch.Tensor], problem: Problem) -> list[torch.Tensor]:
+    step(method, problem)
+    return [problem.hidden.grad.double(), problem.weight.grad.double() + problem.weight.main_grad.double()]
+
+
+def error_of(method: Callable[[Problem], torch.Tensor], problem: Problem, exact: list[torch.Tensor]) -> float:
+    found = gradients(method, problem.rows(ERROR_ROWS, problem.hidden.dtype))
+    return max(((f - e).norm() / e.norm()).item() for f, e in zip(found, exact, strict=True))
+
+
+def peak_memory(run: Callable[[], None], device: torch.device) -> int:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else memory that an earlier method freed would hide this one's
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
+    run()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def liger_reason(tp: int) -> str | None:
+    """Why Liger cannot be measured here; None if it can."""
+    if tp > 1:
+        return "has no vocabulary parallelism"
+    try:
+        import liger_kernel.chunked_loss  # noqa: F401
+    except ImportError as error:
+        return f"not installed ({error})"
+    return None
