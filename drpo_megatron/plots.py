@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from drpo_megatron.files import writing
 from drpo_megatron.sinks import METRICS_FILE, read_metrics
 
 
@@ -45,7 +46,8 @@ def draw_training(run_dir: Path) -> Path:
         axis.set_xlabel("step")
     figure.suptitle(run_dir.name)
     path = run_dir / "training.png"
-    figure.savefig(path, dpi=120)
+    with writing(path, "wb") as file:
+        figure.savefig(file, dpi=120, format="png")
     plt.close(figure)
     return path
 

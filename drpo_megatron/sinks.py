@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from drpo_megatron.config.sections import MetricsSection
+from drpo_megatron.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 _WANDB_ID_FILE = "wandb_id.txt"
@@ -59,9 +60,7 @@ class JsonLines:
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
         kept = [] if resume_step is None else [row for row in read_metrics(path) if row["step"] <= resume_step]
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        scratch.replace(path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -202,7 +201,7 @@ class WeightsAndBiases:
             resume="allow" if known else None,
             settings=wandb.Settings(silent=True),
         )
-        id_file.write_text(self.run.id + "\n", encoding="utf-8")
+        write_text(id_file, self.run.id + "\n")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.run.log(metrics, step=step)

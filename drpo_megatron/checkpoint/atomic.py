@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from drpo_megatron.files import (
+    DISK_FULL,
+    CannotWrite,
+    explained,
+    flush_tree,
+    lock,
+    put_in_place,
+    remove_remains,
+    require_free_space,
+    scratch_name,
+)
 
 
 @contextmanager
@@ -18,74 +27,39 @@ def new_directory(
 ) -> Iterator[Path]:
     """A directory to fill. It becomes `target` when the block ends without error, and is removed when it doesn't.
 
-    A killed process leaves a hidden `.<name>.writing-*` beside the target, which the next writer of the same target
-    removes. A directory that is still being written is locked, so nobody removes it.
+    Everything in it is flushed to the disk before it is renamed (`drpo_megatron.files`).
 
     Args:
         num_bytes: what will be written. Checked against the free disk first.
         force: replace an existing target, which stays until the new one is whole.
         source: what is read for it. It may not be the target, or lie in it: it would be lost.
 
-    Raises: ValueError if `target` exists (unless `force`) or holds `source`, or the disk is too small, with both numbers.
+    Raises: ValueError if `target` exists (unless `force`) or holds `source`, or the disk is too small, with both numbers;
+        CannotWrite, which names the target, when writing fails.
     """
     target = Path(target)
     if source is not None and source.resolve().is_relative_to(target.resolve()):
         raise ValueError(f"{target} can't be written while {source} is read from it; choose another directory")
     if target.exists() and not force:
         raise ValueError(f"{target} already exists; choose another directory, or --force to replace it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_remains(target)
+    with explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_remains(target)
     require_free_space(target.parent, num_bytes)
-    scratch = target.parent / f".{target.name}.writing-{uuid.uuid4().hex}"
-    scratch.mkdir()
-    lock = os.open(scratch, os.O_RDONLY)
+    with explained(target):
+        scratch = scratch_name(target)
+        scratch.mkdir()
+        descriptor = os.open(scratch, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock(descriptor)
         yield scratch
-        _replace(target, scratch)
-    except BaseException:
+        with explained(target):
+            flush_tree(scratch)
+            put_in_place(scratch, target)
+    except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in DISK_FULL and not isinstance(error, CannotWrite):
+            raise CannotWrite.because(target, error) from error
         raise
     finally:
-        os.close(lock)
-
-
-def require_free_space(directory: Path, num_bytes: int) -> None:
-    """ValueError when the disk of `directory` has less than `num_bytes` (and 1 % for file systems' own needs) free."""
-    needed, available = num_bytes + num_bytes // 100, shutil.disk_usage(directory).free
-    if needed > available:
-        raise ValueError(
-            f"{directory} has {available:,} bytes of disk free, but {needed:,} are needed; free some, or choose "
-            "another disk"
-        )
-
-
-def remove_remains(target: Path) -> None:
-    """Remove what killed writers of `target` left behind."""
-    for remains in target.parent.glob(f".{target.name}.writing-*"):
-        if not _is_being_written(remains):
-            shutil.rmtree(remains, ignore_errors=True)
-
-
-def _is_being_written(directory: Path) -> bool:
-    """A living writer holds a lock on its directory; the kernel releases that of a dead one."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
-        return True
-    finally:
         os.close(descriptor)
-    return False
-
-
-def _replace(target: Path, scratch: Path) -> None:
-    if not target.exists():
-        scratch.rename(target)
-        return
-    old = target.parent / f".{target.name}.writing-{uuid.uuid4().hex}"
-    target.rename(old)
-    scratch.rename(target)
-    shutil.rmtree(old)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from drpo_megatron.commands import BadInput, RunFailed
 from drpo_megatron.commands.plan import memory_size, what_to_change
+from drpo_megatron.files import write_text
 
 if TYPE_CHECKING:
     from drpo_megatron.config import Config
@@ -166,7 +167,7 @@ def _write(config: Config, run: RunDirectory | None, script: str) -> RunDirector
         run.save_config(config)
     file = _script_file(run)
     file.parent.mkdir(exist_ok=True)
-    file.write_text(script, encoding="utf-8")
+    write_text(file, script)
     return run
 
 

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from drpo_megatron.config.problems import KeyPath, Source, listed, problem_text
 from drpo_megatron.config.schema import sections_at, tags
 from drpo_megatron.config.sections import Config
+from drpo_megatron.files import write_text
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -57,7 +58,7 @@ def to_yaml(config: Config) -> str:
 
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
-    Path(path).write_text(to_yaml(config), encoding="utf-8")
+    write_text(path, to_yaml(config))
 
 
 def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from drpo_megatron.files import writing
+
 
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(`FILE, line N`, object) of every line that is not blank.
@@ -37,12 +39,9 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, An
 
 def write_jsonl(path: str | os.PathLike[str], objects: Iterable[dict[str, Any]]) -> None:
     """One object a line, floats exact. The file appears only when it is complete."""
-    file = Path(path)
-    part = file.with_name(f".{file.name}.part")
-    with part.open("w", encoding="utf-8") as out:
+    with writing(path) as out:
         for fields in objects:
             out.write(json.dumps(fields, ensure_ascii=False) + "\n")
-    part.replace(file)
 
 
 def _short(line: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from drpo_megatron.files import write_text
 from drpo_megatron.rollout.evaluation import ProblemScores
 
 
@@ -31,7 +32,7 @@ class ScoreFile:
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps({"settings": settings})]
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_text(path, "".join(f"{line}\n" for line in lines))
 
     def append(self, problem: ProblemScores) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 from drpo_megatron.config import Config, load_resolved
+from drpo_megatron.files import write_text
 from drpo_megatron.orchestration.run_directory import RunDirectory, versions
 
 _REPORTS = "reports"
@@ -44,9 +45,7 @@ def look(job_dir: Path, node: str) -> None:
             raise ValueError(f"node {node} can't import {module} with {sys.executable}: {error}") from error
     report = job_dir / _REPORTS / f"{node}.json"
     report.parent.mkdir(exist_ok=True)
-    scratch = report.with_suffix(".tmp")
-    scratch.write_text(json.dumps(versions() | _hardware()), encoding="utf-8")
-    scratch.rename(report)
+    write_text(report, json.dumps(versions() | _hardware()))
 
 
 def compare(job_dir: Path, num_nodes: int, timeout_s: float) -> None:

@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from drpo_megatron.files import write_text
+
 ADDRESS_FILE = "ray_address"
 _UP_FILE = "ray_current_cluster"
 """Ray writes its address there, below its temporary directory, when it is up."""
@@ -68,9 +70,7 @@ def _serve(
     """Wait until Ray is up, then until it ends, or until `ended`. Whether it was up."""
     address = _read(scratch / _UP_FILE, lambda: ended() or ray.poll() is not None, timeout_s)
     if address and publish_in:
-        temporary = publish_in / f".{ADDRESS_FILE}"
-        temporary.write_text(address, encoding="utf-8")
-        temporary.rename(publish_in / ADDRESS_FILE)
+        write_text(publish_in / ADDRESS_FILE, address)
     while address and ray.poll() is None and not ended():
         time.sleep(0.5)
     return bool(address)

@@ -22,6 +22,7 @@ import psutil
 import yaml
 
 import drpo_megatron
+from drpo_megatron.files import write_text
 from drpo_megatron.orchestration.run_directory import RunDirectory, versions
 from drpo_megatron.study.runs import Run
 
@@ -67,9 +68,7 @@ class Record:
     """The last lines of the output of a failed attempt."""
 
     def save(self, path: Path) -> None:
-        temporary = path / f"{RECORD_FILE}.tmp"
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path / RECORD_FILE)
+        write_text(path / RECORD_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def new_record(run: Run) -> Record:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from drpo_megatron.files import write_text
 from drpo_megatron.study.figures import draw_all
 from drpo_megatron.study.page import Page, as_html, as_markdown, inline
 from drpo_megatron.study.results import GRID_FILE, Results, read_results, reservations
@@ -38,7 +39,7 @@ def write_report(runs_dir: Path) -> tuple[list[Path], list[str]]:
     )
     files = {runs_dir / HTML_FILE: as_html(page), runs_dir / MARKDOWN_FILE: as_markdown(page)}
     for path, text in files.items():
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     return list(files), notes
 
 

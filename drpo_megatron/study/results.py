@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from drpo_megatron.files import write_text
 from drpo_megatron.sinks import METRICS_FILE, read_metrics
 from drpo_megatron.study.cells import Record, read_record
 from drpo_megatron.study.file import Cell, StudyFile, expand
@@ -205,9 +205,7 @@ def save_grid(study: Study) -> None:
         _refuse_another(before, study)
         file = file.model_copy(update={"seeds": sorted({*before.seeds, *file.seeds})})
     study.runs_dir.mkdir(parents=True, exist_ok=True)
-    scratch = study.runs_dir / f"{GRID_FILE}.{os.getpid()}"  # Jobs of one study may do this at the same time.
-    scratch.write_text(file.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    scratch.replace(study.runs_dir / GRID_FILE)
+    write_text(study.runs_dir / GRID_FILE, file.model_dump_json(indent=2) + "\n")
 
 
 def _refuse_another(before: StudyFile, study: Study) -> None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from drpo_megatron.files import write_text
 from drpo_megatron.study.cells import State
 from drpo_megatron.study.runs import Run, Study
 
@@ -43,7 +44,7 @@ def submit(study: Study, states: Mapping[Run, State], options: Sequence[str]) ->
         if not todo:
             continue
         script = directory / f"{name}.sbatch"
-        script.write_text(_script(study, f"{study.file.name}-{name}", directory, todo), encoding="utf-8")
+        write_text(script, _script(study, f"{study.file.name}-{name}", directory, todo))
         after = [f"--dependency=afterok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
         done = subprocess.run(["sbatch", "--parsable", *after, *options, str(script)], capture_output=True, text=True)
         if done.returncode:
