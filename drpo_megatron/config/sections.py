@@ -117,7 +117,8 @@ class TrainerSection(Section):
     log_ratio_max: PositiveFloat = 20.0
     """Upper limit of log(pi/mu) in the loss."""
     loss_chunk_mb: PositiveInt | None = None
-    """MiB of FP32 logits a chunk of the loss kernel. None: 1024 on a GPU, 64 on a CPU."""
+    """MiB of FP32 logits a chunk of the loss kernel. Each chunk reads and writes the whole gradient of this rank's share of
+    the LM head. None: on a GPU 1024, or what 4,096 rows take if that is more; 64 on a CPU."""
     loss_low_memory: bool = False
     """The loss kernel keeps one tile of logits and no FP32 gradient of the LM head, and computes logits again in the
     backward pass: four matmuls instead of three (docs/loss.md has both measured)."""

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from drpo_megatron.config import Config
+from drpo_megatron.planner.loss import chunk_line
 from drpo_megatron.planner.model import Model
 from drpo_megatron.planner.plan import Plan, StagePlan
 
@@ -41,7 +42,7 @@ def print_plan(config: Config, model: Model, plan: Plan) -> None:
     )
     console.print(_memory_table(config, plan))
     console.print(_recompute_line(plan), highlight=False, soft_wrap=True)
-    console.print(_loss_line(plan), highlight=False, soft_wrap=True)
+    console.print(_loss_line(config, model, plan), highlight=False, soft_wrap=True)
     console.print(_engine_line(plan), highlight=False, soft_wrap=True)
     console.print(_traffic_table(plan))
     console.print(_time_lines(plan), highlight=False, soft_wrap=True)
@@ -101,9 +102,12 @@ def _recompute_line(plan: Plan) -> str:
     return f"activations of the fullest stage by model.recompute: {kinds}"
 
 
-def _loss_line(plan: Plan) -> str:
+def _loss_line(config: Config, model: Model, plan: Plan) -> str:
     last = plan.stages[-1]
-    return f"loss on the last stage: {gib(last.loss)}; over plain logits it would be {gib(last.plain_loss)}"
+    return (
+        f"loss on the last stage: {gib(last.loss)}; over plain logits it would be {gib(last.plain_loss)}; "
+        f"{chunk_line(model.vocab_size, config)}"
+    )
 
 
 def _engine_line(plan: Plan) -> str:

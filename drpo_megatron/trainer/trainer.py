@@ -32,6 +32,7 @@ from drpo_megatron.trainer import setup
 from drpo_megatron.trainer.platform import activate, optimizer_scope
 from drpo_megatron.trainer.reference import ReferenceWeights
 from drpo_megatron.trainer.vocab_parallel import vocab_parallel_logprobs, vocab_parallel_policy_loss
+from drpo_megatron.trainer.vocab_parallel_chunks import loss_chunk_bytes
 from drpo_megatron.trainer.work import Work, gather_context_parallel, share_out
 from drpo_megatron.types import PackedBatch, Sample, StepReport
 
@@ -302,13 +303,13 @@ class Trainer:
         self.schedule = setup.build_schedule(section, self.optimizer, total_steps)
 
     def _kernel_options(self) -> dict[str, Any]:
-        megabytes = self.config.trainer.loss_chunk_mb or (1024 if self.platform.name == "gpu" else 64)
+        chunk_bytes = loss_chunk_bytes(self.config.trainer.loss_chunk_mb, self.platform.name == "gpu")
         return {
             "temperature": self.config.rollout.temperature,
             "vocab_size": self.hf_config.get_text_config().vocab_size,
             "tp_group": self.layout.tp,
             "sequence_parallel": self.config.parallel.sequence,
-            "chunk_bytes": megabytes * 2**20,
+            "chunk_bytes": chunk_bytes,
         }
 
     def _work(self, samples: Sequence[Sample], weights: Sequence[float]) -> Work:

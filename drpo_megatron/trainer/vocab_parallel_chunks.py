@@ -27,14 +27,39 @@ CPU_TILE_BYTES = 2**21
 """A tile of FP32 logits that is still in a core's cache when its row statistics are taken."""
 CPU_TILE_ROWS = 1024
 CPU_CHUNK_BYTES = 2**25
+CPU_TRAINER_CHUNK_BYTES = 2**26
+"""A run's own limit, where none is given. The kernel alone takes half."""
 CUDA_TILE_BYTES = 2**28
 CUDA_TILE_ROWS = 8192
 CUDA_CHUNK_BYTES = 2**30
 CUDA_CHUNK_ROWS = 4096
-"""Fewer rows would make a chunk's pass over dW as slow as its matmul."""
+"""At least so many rows a chunk: its matmul then takes several times as long as reading and writing dW does."""
+TILE_MULTIPLE = 128
+"""Of a tile's width. Rows of logits and dz then begin at multiples of 256 bytes: cuBLAS's aligned matmuls take them, and
+the Triton kernels load and store 128 bits at a time. A width of any other number would be odd half of the time."""
 
 LogitScales = tuple[torch.Tensor, torch.Tensor | None]
 """target_scale and entropy_scale of `logit_gradient_`, [n] each."""
+
+
+def loss_chunk_bytes(megabytes: int | None, on_cuda: bool) -> int | None:
+    """The limit of a run's chunks from `trainer.loss_chunk_mb`. None: that of `chunk_rows`."""
+    if megabytes is not None:
+        return megabytes * 2**20
+    return None if on_cuda else CPU_TRAINER_CHUNK_BYTES
+
+
+def chunk_rows(max_shard: int, itemsize: int, chunk_bytes: int | None, on_cuda: bool) -> int:
+    """Rows whose logits `fused_gradient` holds at once: each chunk of them reads and writes all of dW.
+
+    The same for every batch, and never asked of the free memory: another number would round dW's sums differently.
+    """
+    row_bytes = max(1, max_shard) * itemsize
+    if chunk_bytes is not None:
+        return max(1, chunk_bytes // row_bytes)
+    if on_cuda:
+        return max(CUDA_CHUNK_ROWS, CUDA_CHUNK_BYTES // row_bytes)
+    return max(16, CPU_CHUNK_BYTES // row_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +97,18 @@ class Head:
         limit = CUDA_TILE_BYTES if self.weight.is_cuda else CPU_TILE_BYTES
         return max(1, min(limit, self.chunk_bytes or limit) // self.compute_dtype.itemsize)
 
+    def tile_width(self, num_rows: int) -> int:
+        """Columns of a tile of so many rows: equal tiles, a multiple of TILE_MULTIPLE where the limit leaves room for one."""
+        shard = max(1, self.weight.shape[0])
+        limit = max(1, self.tile_elements // max(1, num_rows))
+        if limit < TILE_MULTIPLE:
+            return limit
+        limit -= limit % TILE_MULTIPLE
+        num_tiles = -(-shard // limit)
+        return -(-shard // (num_tiles * TILE_MULTIPLE)) * TILE_MULTIPLE
+
     def chunk_rows(self) -> int:
-        """Rows whose logits `fused_gradient` holds at once."""
-        row_bytes = max(1, self.max_shard) * self.compute_dtype.itemsize
-        if self.chunk_bytes is not None:
-            return max(1, self.chunk_bytes // row_bytes)
-        if self.weight.is_cuda:
-            return max(CUDA_CHUNK_ROWS, CUDA_CHUNK_BYTES // row_bytes)
-        return max(16, CPU_CHUNK_BYTES // row_bytes)
+        return chunk_rows(self.max_shard, self.compute_dtype.itemsize, self.chunk_bytes, self.weight.is_cuda)
 
     def tiles(self, width: int) -> Iterator[tuple[slice, torch.Tensor]]:
         """Tiles of the vocabulary: the slice of this rank's rows, and those rows as matmul operands."""
@@ -146,7 +175,7 @@ def fused_gradient(
 ) -> None:
     """Gradient of all rows, chunk by chunk, one all-gather each; `scales_of(rows, softmax)` asks the objective."""
     num_rows, chunk_rows = hidden.shape[0], min(head.chunk_rows(), max(1, hidden.shape[0]))
-    width = max(1, head.tile_elements // chunk_rows)
+    width = head.tile_width(chunk_rows)
     buffer = hidden.new_empty(chunk_rows * head.weight.shape[0], dtype=head.compute_dtype)
     scratch = new_scratch(buffer, chunk_rows * min(width, head.weight.shape[0]))
     for begin in range(0, num_rows, chunk_rows):
@@ -170,8 +199,8 @@ def _recompute_tiles(
 ) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """(rows, columns, weight tile, buffer, scratch), vocabulary outside: a tile of W and of dW is visited once."""
     tile_rows = CUDA_TILE_ROWS if head.weight.is_cuda else CPU_TILE_ROWS
-    block = max(1, min(num_rows, tile_rows, head.tile_elements))
-    width = max(1, head.tile_elements // block)
+    block = max(1, min(num_rows, tile_rows, head.tile_elements // TILE_MULTIPLE))
+    width = head.tile_width(block)
     buffer = head.weight.new_empty(block * min(width, max(1, head.weight.shape[0])), dtype=head.compute_dtype)
     scratch = new_scratch(buffer, buffer.shape[0])
     for columns, weight in head.tiles(width):
