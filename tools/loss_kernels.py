@@ -224,7 +224,9 @@ def compiled(launch: Launch, architecture: int) -> Compiled:
 
 def _widths(instruction: str, code: str) -> Counter[int]:
     """Of every such instruction: 32 bits where its name gives no width."""
-    suffixes = [re.findall(r"\.[A-Z]*?(8|16|64|128|256)\b", found) for found in re.findall(rf"\b{instruction}([.\w]*)", code)]
+    suffixes = [
+        re.findall(r"\.[A-Z]*?(8|16|64|128|256)\b", found) for found in re.findall(rf"\b{instruction}([.\w]*)", code)
+    ]
     return Counter(int(widths[-1]) if widths else 32 for widths in suffixes)
 
 

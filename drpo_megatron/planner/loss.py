@@ -36,7 +36,9 @@ def chunk_line(vocab_size: int, config: Config) -> str:
         return "no chunks of logits under trainer.loss_low_memory=true"
     rows = min(tokens, _chunk_rows(shard, config))
     walks = -(-tokens // rows)
-    line = f"{rows} of {tokens} rows of logits at once, so the head's gradient is read and written {walks} x a micro-batch"
+    line = (
+        f"{rows} of {tokens} rows of logits at once, so the head's gradient is read and written {walks} x a micro-batch"
+    )
     given = config.trainer.loss_chunk_mb
     if given is not None and _on_gpu(config) and rows < min(tokens, CUDA_CHUNK_ROWS):
         needed = -(-CUDA_CHUNK_ROWS * _LOGIT_BYTES * shard // 2**20)
