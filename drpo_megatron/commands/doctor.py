@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import socket
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drpo_megatron.commands import BadInput, RunFailed
+from drpo_megatron.commands import BadInput, RunFailed, accept
 
 if TYPE_CHECKING:
-    from drpo_megatron.doctor.finding import Finding
     from drpo_megatron.doctor.nodes import Report
 
 _HELP = """\
@@ -20,10 +18,14 @@ Look at versions and whether they go together, GPUs and their links, the network
 shared memory, ports, clock and limits. One line each: ok, warn or fail, and what to do. Exit code 1 when a line fails
 or, with --compare, when nodes differ.
 
+With --accept the whole path is run, stage by stage: collectives, the loss kernel, a step of every layout, recipes, an
+SGLang server, the quickstart, throughput. Exit code 0 when nothing failed. See docs/gpu.md.
+
 examples:
   drpo-megatron doctor
   drpo-megatron doctor --run-dir /shared/runs --sglang-python /shared/sglang/bin/python
   srun --ntasks-per-node=1 drpo-megatron doctor --json | drpo-megatron doctor --compare -
+  drpo-megatron doctor --accept                 # on a new GPU machine: what `make gpu-check` does
 """
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -44,6 +46,7 @@ def add(commands: Any, style: dict[str, Any]) -> None:
     parser.add_argument(
         "--compare", metavar="FILE", help="of what --json printed on several nodes; - is standard input"
     )
+    accept.add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -51,9 +54,13 @@ def run(args: argparse.Namespace) -> None:
     if args.compare is not None:
         _compare(args.compare)
         return
+    if args.accept or args.list:
+        accept.run(args)
+        return
+    from drpo_megatron.doctor.everything import examine_everything
     from drpo_megatron.doctor.nodes import Report
 
-    report = Report(socket.gethostname(), tuple(_examine(args)))
+    report = Report(socket.gethostname(), tuple(examine_everything(args.run_dir, args.sglang_python)))
     if args.json:
         print(report.to_json())
     else:
@@ -62,27 +69,6 @@ def run(args: argparse.Namespace) -> None:
         raise RunFailed(
             f"{len(report.failed)} line(s) failed on {report.node}: {', '.join(f.name for f in report.failed)}"
         )
-
-
-def _examine(args: argparse.Namespace) -> list[Finding]:
-    from drpo_megatron.doctor import gpus, machine, software
-    from drpo_megatron.doctor.finding import examine
-
-    return examine(
-        {
-            "requirements": software.check_requirements,
-            "torch": software.check_torch,
-            "transformer engine": software.check_transformer_engine,
-            "apex": software.check_apex,
-            "sglang": partial(software.check_sglang, args.sglang_python),
-            "gpus": gpus.check_gpus,
-            "network": gpus.check_network,
-            "run directory": partial(machine.check_run_directory, args.run_dir),
-            "shared memory": machine.check_shared_memory,
-            "ports": machine.check_ports,
-            "limits": machine.check_limits,
-        }
-    )
 
 
 def _compare(source: str) -> None:

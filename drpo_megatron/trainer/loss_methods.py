@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from drpo_megatron.objectives import build
-from drpo_megatron.trainer.vocab_parallel import vocab_parallel_policy_loss
+from drpo_megatron.trainer.vocab_parallel import vocab_parallel_logprobs, vocab_parallel_policy_loss
 
 DELTA = 0.15
 ERROR_ROWS = 128
@@ -202,6 +202,24 @@ def gradients(method: Callable[[Problem], torch.Tensor], problem: Problem) -> li
 def error_of(method: Callable[[Problem], torch.Tensor], problem: Problem, exact: list[torch.Tensor]) -> float:
     found = gradients(method, problem.rows(ERROR_ROWS, problem.hidden.dtype))
     return max(((f - e).norm() / e.norm()).item() for f, e in zip(found, exact, strict=True))
+
+
+def logprob_error(problem: Problem) -> float:
+    """The largest absolute error of a log-prob of ours, against float64."""
+    exact = problem.rows(ERROR_ROWS, torch.float64)
+    with torch.no_grad():
+        logits = exact.hidden @ exact.weight.T
+        expected = plain_logprobs(logits, exact.targets, exact.start, exact.group)
+        few = problem.rows(ERROR_ROWS, problem.hidden.dtype)
+        found = vocab_parallel_logprobs(few.hidden, few.weight, few.targets, tp_group=problem.group).logprobs
+    return (found.double() - expected).abs().max().item()
+
+
+def initialize_megatron(tensor_parallel: int) -> None:
+    """Megatron's parallel state, which its cross entropy asks for its group."""
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
 
 
 def peak_memory(run: Callable[[], None], device: torch.device) -> int:

@@ -92,6 +92,18 @@ def _has_transformer_engine() -> bool:
     return True
 
 
+def has_transformer_engine() -> bool:
+    """Whether a GPU's layers would be Transformer Engine's."""
+    return _has_transformer_engine()
+
+
+def forget_transformer_engine() -> None:
+    """As on a machine without it. Call before `activate`, and before anything imports megatron."""
+    global _has_transformer_engine
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+    _has_transformer_engine = lambda: False  # noqa: E731
+
+
 def check_cpu_versions() -> None:
     megatron = importlib.metadata.version("megatron-core")
     if megatron not in CHECKED_MEGATRON:
