@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -25,12 +26,12 @@ from drpo_megatron.commands import (
     doctor,
     eval,
     plan,
-    raise_interrupt,
     rollout,
     slurm,
     study,
     top,
 )
+from drpo_megatron.console import go_on_in, lasting_output
 
 if TYPE_CHECKING:
     from drpo_megatron.config import Config
@@ -60,6 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if hasattr(args, "arguments"):
         args.arguments += extra  # argparse takes positional arguments in one piece; options may stand between them.
+    with lasting_output():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         args.run(args)
     except BadInput as error:
@@ -111,14 +117,19 @@ def _train(args: argparse.Namespace) -> None:
 
         print(describe_fields())
         return
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, raise_interrupt)  # While the loop runs, it has a gentler answer.
-    try:
-        _train_or_resume(args)
-    except KeyboardInterrupt as stop:
-        if stop.args:
-            raise Stopped(f"stopped by {signal.Signals(stop.args[0]).name}") from stop
-        raise
+    from drpo_megatron.orchestration import signals
+
+    with signals.stop_signals():
+        try:
+            _train_or_resume(args)
+        except (KeyboardInterrupt, RunFailed) as end:
+            came = signals.which()
+            if came in signals.STOP_SIGNALS:  # Its processes may have been told, too, and their end be what was seen.
+                why = f" ({str(end).splitlines()[0]})" if isinstance(end, RunFailed) else ""
+                raise Stopped(f"stopped by {signal.Signals(came).name}{why}") from end
+            if isinstance(end, KeyboardInterrupt):
+                raise KeyboardInterrupt from end
+            raise
 
 
 def _train_or_resume(args: argparse.Namespace) -> None:
@@ -132,9 +143,14 @@ def _train_or_resume(args: argparse.Namespace) -> None:
             _print_plan(config, inputs, run.path if run else planned_path(config))
             return
         run = _open(config, run)
+        go_on_in(run.logs / "driver.log")
+        with run.locked(_say):
+            run.falls_back = config.checkpoint.fallback or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+            run.latest_checkpoint(config, _say)  # For its errors, before anything is started.
+            run.save_config(config)
+            _train_in(config, inputs, run)
     except (ValueError, OSError) as error:
         raise BadInput(error) from error
-    _train_in(config, inputs, run)
 
 
 def _configure(args: argparse.Namespace) -> tuple[Config, RunDirectory | None]:
@@ -154,10 +170,7 @@ def _configure(args: argparse.Namespace) -> tuple[Config, RunDirectory | None]:
 def _open(config: Config, run: RunDirectory | None) -> RunDirectory:
     from drpo_megatron.orchestration.run_directory import RunDirectory
 
-    if run is None:
-        return RunDirectory.create(config)
-    run.save_config(config)
-    return run
+    return RunDirectory.create(config) if run is None else run
 
 
 def _train_in(config: Config, inputs: Inputs, run: RunDirectory) -> None:
@@ -181,7 +194,9 @@ def _train_in(config: Config, inputs: Inputs, run: RunDirectory) -> None:
 def _how_to_resume(run: RunDirectory) -> str:
     if run.has_checkpoint():
         return f"\nresume with: drpo-megatron train --resume {run.path}"
-    return f"\nno checkpoint was saved yet; logs: {run.logs}"
+    return (
+        f"\nno checkpoint was saved yet; start it again with: drpo-megatron train --resume {run.path}\nlogs: {run.logs}"
+    )
 
 
 def _print_plan(config: Config, inputs: Inputs, directory: Path) -> None:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from drpo_megatron.config.sections import MetricsSection
-from drpo_megatron.files import write_text
+from drpo_megatron.files import CannotWrite, write_text
 
 METRICS_FILE = "metrics.jsonl"
 _WANDB_ID_FILE = "wandb_id.txt"
@@ -23,6 +23,9 @@ _WANDB_ID_FILE = "wandb_id.txt"
 
 class Sink(Protocol):
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def amend(self, step: int, metrics: dict[str, float]) -> None:
+        """What was measured of `step` after it was logged, or without its being logged."""
 
     def close(self) -> None: ...
 
@@ -50,26 +53,60 @@ class MetricsLogger:
         for sink in self.sinks:
             sink.log(step, metrics)
 
+    def amend(self, step: int, metrics: dict[str, float]) -> None:
+        if metrics:
+            for sink in self.sinks:
+                sink.amend(step, metrics)
+
     def close(self) -> None:
         for sink in self.sinks:
             sink.close()
 
 
 class JsonLines:
-    """One JSON object a step, flushed. On resume the steps after the checkpoint's are dropped: none appears twice."""
+    """One JSON object a step, at once. On resume the steps after the checkpoint's are dropped: none appears twice.
+
+    When the disk is full, the rows wait in memory, and are written when there is room again.
+    """
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
         kept = [] if resume_step is None else [row for row in read_metrics(path) if row["step"] <= resume_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("r+b", buffering=0)
+        self._rows: list[dict[str, Any]] = kept[-1:]
+        """The last one, which may still be amended, and before it those that wait."""
+        last = len(json.dumps(kept[-1])) + 1 if kept else 0
+        self._offset = path.stat().st_size - last
+        """Of the first of them in the file."""
+        self._has_warned = False
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        row = {"step": step} | {name: _finite(value) for name, value in metrics.items()}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        self._rows.append({"step": step} | _as_json(metrics))
+        self._write()
+
+    def amend(self, step: int, metrics: dict[str, float]) -> None:
+        if not self._rows or self._rows[-1]["step"] != step:
+            self._rows.append({"step": step})
+        self._rows[-1] |= _as_json(metrics)
+        self._write()
 
     def close(self) -> None:
-        self.file.close()
+        self._file.close()
+
+    def _write(self) -> None:
+        lines = [json.dumps(row).encode() + b"\n" for row in self._rows]
+        try:
+            self._file.seek(self._offset)
+            rest = memoryview(b"".join(lines))
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                print(f"warning: {CannotWrite.because(self._path, error)}. Its rows wait until they can be", flush=True)
+            return
+        self._rows = self._rows[-1:]
+        self._offset += sum(map(len, lines[:-1]))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -88,9 +125,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _finite(value: float) -> float | None:
+def _as_json(metrics: dict[str, float]) -> dict[str, float | None]:
     """JSON has no NaN: an empty mean is null."""
-    return value if math.isfinite(value) else None
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def headline(metrics: dict[str, float]) -> dict[str, str]:
@@ -132,6 +169,10 @@ class PlainLines:
             parts.append(f"left {(time.monotonic() - self.started) / done * (self.total_steps - step):.0f} s")
         print("  ".join(parts), flush=True)
 
+    def amend(self, step: int, metrics: dict[str, float]) -> None:
+        if "eval/accuracy" in metrics:
+            print(f"step {step}/{self.total_steps}  held-out {metrics['eval/accuracy']:.3f}", flush=True)
+
     def close(self) -> None: ...
 
 
@@ -149,10 +190,12 @@ class LiveTable:
         )
         self.task = self.bar.add_task("training", total=total_steps, completed=first_step)
         self.accuracy = "-"
+        self.latest: dict[str, float] = {}
         self.live = Live(self.bar, console=Console(), refresh_per_second=4)
         self.live.start()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.latest = metrics
         if "eval/accuracy" in metrics:
             self.accuracy = f"{metrics['eval/accuracy']:.3f}"
         cells = headline(metrics) | {"held-out": self.accuracy}
@@ -163,6 +206,9 @@ class LiveTable:
         layout.add_row(table)
         self.bar.update(self.task, completed=step)
         self.live.update(layout)
+
+    def amend(self, step: int, metrics: dict[str, float]) -> None:
+        self.log(step, self.latest | metrics)
 
     def close(self) -> None:
         self.live.stop()
@@ -178,6 +224,8 @@ class TensorBoard:
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
+
+    amend = log
 
     def close(self) -> None:
         self.writer.close()
@@ -205,6 +253,8 @@ class WeightsAndBiases:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.run.log(metrics, step=step)
+
+    amend = log
 
     def close(self) -> None:
         self.run.finish()

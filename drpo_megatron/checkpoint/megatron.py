@@ -1,25 +1,31 @@
 """Megatron distributed checkpoints: model, optimizer and schedule, loadable in another layout.
 
-A checkpoint directory holds Megatron's `torch_dist` files, `hf/` (see `hf_files.py`) and `trainer.json` (counters,
-layout, versions). Every rank writes its own shards; `trainer.json` is written last, by rank 0, after all ranks finished:
-a directory without it is not a checkpoint of a run. Import only after `platform.activate`.
+A checkpoint directory holds Megatron's `torch_dist` files, `hf/` (see `hf_files.py`), `trainer.json` (counters, layout,
+versions) and `checksums.json`. Every rank writes its own shards and hashes them; the last two are written by rank 0 after
+all ranks finished: a directory without them is not a checkpoint of a run. Import only after `platform.activate`.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
+from drpo_megatron.checkpoint.checksums import damaged, read_checksums, sums_of, write_checksums
 from drpo_megatron.checkpoint.hf_files import FOLDER, keep_hf_files_of_training
 from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
+from drpo_megatron.files import CannotWrite, explained, flush_tree, require_free_space, write_text
 
 COUNTERS_FILE = "trainer.json"
 AMAX_FILE = "amax_history-rank{}.safetensors"
@@ -34,29 +40,72 @@ def save_checkpoint(
     counters: dict[str, Any],
     hf_path: str,
     amax_history: dict[str, torch.Tensor],
-) -> None:
+) -> str | None:
     """Collective. `directory` is new or empty, on a file system that all ranks share.
+
+    Returns: None; or, on all ranks alike, why it could not be written. They can go on.
 
     Args:
         counters: small JSON-able numbers of the trainer, given back by `read_counters`.
         hf_path: the Hugging Face checkpoint of the run, whose config, tokenizer and file names are kept.
         amax_history: this rank's, of delayed scaling.
     """
-    directory = Path(directory)
-    if dist.get_rank() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
+    directory, rank = Path(directory), dist.get_rank()
     state = _sharded_state(chunks, optimizer, is_loading=False)
     state["schedule"] = schedule.state_dict()
-    dist_checkpointing.save(state, str(directory))
-    if amax_history:
-        save_file(amax_history, directory / AMAX_FILE.format(dist.get_rank()))
-    dist.barrier()
-    if dist.get_rank() == 0:
+
+    def prepare() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        require_free_space(directory, num_bytes)
+
+    def save_shards() -> None:
+        try:
+            dist_checkpointing.save(state, str(directory))
+        except CheckpointException as error:  # Raised on all ranks, with its reason on rank 0.
+            raise CannotWrite.because(directory, _system_error(error)) from error
+
+    def finish_own_files() -> None:
+        if amax_history:
+            save_file(amax_history, directory / AMAX_FILE.format(rank))
+        names = [path.name for path in directory.iterdir() if _is_of_rank(path.name, rank)]
+        own.update(sums_of(directory, names))
+
+    def finish() -> None:
         keep_hf_files_of_training(hf_path, directory / FOLDER)
         record = {"counters": counters, "layout": _layout(chunks), "versions": _versions()}
-        (directory / COUNTERS_FILE).write_text(json.dumps(record, indent=2) + "\n")
-    dist.barrier()
+        write_text(directory / COUNTERS_FILE, json.dumps(record, indent=2) + "\n")
+        flush_tree(directory)
+        sums = {name: found for part in everyone for name, found in part.items()}
+        paths = [path for path in directory.rglob("*") if path.is_file()]
+        rest = {str(path.relative_to(directory)) for path in paths} - sums.keys()
+        write_checksums(directory, sums | sums_of(directory, rest))
+
+    own: dict[str, Any] = {}
+    everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    num_bytes = _total_bytes(state)
+    problem = _agree(directory, prepare if rank == 0 else None) or _agree(directory, save_shards)
+    problem = problem or _agree(directory, finish_own_files)
+    if problem is None:
+        dist.all_gather_object(everyone, own)
+        problem = _agree(directory, finish if rank == 0 else None)
+    return problem
+
+
+def find_damage(directory: Path) -> list[str]:
+    """Collective. A sentence for each file that is not what `save_checkpoint` wrote, equal on all ranks.
+
+    Each reads its share of the files. Nothing is known of a checkpoint without checksums, which older versions wrote.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    try:
+        sums = read_checksums(directory) or {}
+        names = sorted(sums, key=lambda name: sums[name].num_bytes)
+        found = damaged(directory, {name: sums[name] for name in names[rank::world_size]})
+    except ValueError as error:
+        found = [str(error)]
+    everyone: list[list[str]] = [[] for _ in range(world_size)]
+    dist.all_gather_object(everyone, found)
+    return list(dict.fromkeys(problem for part in everyone for problem in part))
 
 
 def read_counters(directory: Path) -> dict[str, Any]:
@@ -76,6 +125,8 @@ def load_weights(directory: str | Path, chunks: Sequence[Any]) -> None:
     Raises: ValueError for a directory that holds no finished checkpoint, or a damaged one.
     """
     TorchDistCheckpoint(directory)  # For its errors, which name what is missing.
+    if problems := find_damage(Path(directory)):
+        raise ValueError(f"checkpoint {directory} can't be used: {'; '.join(problems[:3])}")
     state = _sharded_model(chunks, _sharding_metadata())
     loaded = dist_checkpointing.load(state, str(directory))
     for index, chunk in enumerate(chunks):
@@ -90,6 +141,61 @@ def load_checkpoint(directory: Path, chunks: Sequence[Any], optimizer: Any, sche
         chunk.module.load_state_dict(loaded[_model_key(chunks, index)], strict=True)
     optimizer.load_state_dict(loaded["optimizer"])
     schedule.load_state_dict(loaded["schedule"])
+
+
+def _agree(directory: Path, part: Callable[[], None] | None) -> str | None:
+    """Collective. Do this rank's part, if it has one. What failed on any rank is returned on all of them.
+
+    An error that is not the file system's is a bug, and raised.
+    """
+    problem = None
+    try:
+        if part is not None:
+            with explained(directory):
+                part()
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((found for found in problems if found is not None), None)
+
+
+def _system_error(error: CheckpointException) -> OSError:
+    """The reason in Megatron's report: `Worker failure: [Errno 28] No space left on device`, on rank 0 only."""
+    text = "; ".join(str(failure[0]) for failure in error.failures.values())
+    number = re.search(r"\[Errno (\d+)\]", text)
+    if number is None:
+        return OSError(0, text or "another rank failed")
+    return OSError(int(number[1]), os.strerror(int(number[1])))
+
+
+def _is_of_rank(name: str, rank: int) -> bool:
+    """Files that a rank writes: `__<rank>_<n>.distcp`, and its amax history."""
+    return name.startswith(f"__{rank}_") or name == AMAX_FILE.format(rank)
+
+
+def _total_bytes(state: dict[str, Any]) -> int:
+    """Collective. About the bytes that all ranks write together."""
+    local = sum(tensor.nbytes for tensor in _own_tensors(state))
+    total = torch.tensor([local], dtype=torch.int64, device=_device())
+    dist.all_reduce(total)
+    return int(total.item())
+
+
+def _own_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Local shards of which this rank writes the one copy."""
+    if isinstance(value, dict):
+        for inner in value.values():
+            yield from _own_tensors(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _own_tensors(inner)
+    elif isinstance(getattr(value, "data", None), torch.Tensor) and is_main_replica(value.replica_id):
+        yield value.data
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def _model_key(chunks: Sequence[Any], index: int) -> str:

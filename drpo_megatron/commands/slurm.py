@@ -164,7 +164,8 @@ def _write(config: Config, run: RunDirectory | None, script: str) -> RunDirector
     if run is None:
         run = RunDirectory.create(config)
     else:
-        run.save_config(config)
+        with run.locked():
+            run.save_config(config)
     file = _script_file(run)
     file.parent.mkdir(exist_ok=True)
     write_text(file, script)

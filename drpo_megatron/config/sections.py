@@ -280,6 +280,9 @@ class CheckpointSection(Section):
     """Save every so many steps (and always at the end). 0: only at the end."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints stay on disk."""
+    fallback: bool = False
+    """A resumed run whose newest checkpoint is damaged or incomplete says so, and continues from the one before.
+    false: it ends with an error that names the file; a job that Slurm requeued falls back all the same."""
     save_hf: bool = True
     """Write the trained model as a Hugging Face checkpoint at the end."""
 
@@ -325,7 +328,9 @@ class ClusterSection(Section):
     startup_timeout_s: PositiveFloat = 300.0
     """How long actors may take to start before the run ends with an error that names the one that did not."""
     step_timeout_s: PositiveFloat = 3600.0
-    """A collective that waits longer than this ends the run."""
+    """A process that gives no answer for so long (a training step, a weight update, a checkpoint, a batch of rewards), or
+    a collective that waits longer, ends the run. The error names who is stopped or silent, and every process writes its
+    stack into its log. More than the longest step takes."""
     rank_threads: PositiveInt = 1
     """OMP_NUM_THREADS of a trainer rank on CPU. More than cores / ranks makes everything crawl."""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import resource
+import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from drpo_megatron.config import Config
+from drpo_megatron.console import LastingStream
 from drpo_megatron.types import Completion, Prompt, Sample, StepReport
 
 if TYPE_CHECKING:
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
     from drpo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
     from drpo_megatron.rollout.sglang_server import Endpoint, ServerKeeper
     from drpo_megatron.weight_sync import Bucket, Encode, PublishReport
+
+
+STACK_SIGNAL = signal.SIGUSR2
+"""A process of a run writes the stacks of its threads into its log when it gets it, whatever it is at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +74,9 @@ class ProcessActor:
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.close(file)
-        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-        faulthandler.enable()
+        sys.stdout, sys.stderr = LastingStream(1), LastingStream(2)  # A full disk ends no rank by what it prints.
+        faulthandler.enable(file=2)
+        faulthandler.register(STACK_SIGNAL, file=2, all_threads=True)
         print(f"--- pid {os.getpid()} on {socket.gethostname()}")
 
     def is_alive(self) -> bool:
@@ -164,8 +170,11 @@ class TrainerRank(ProcessActor):
     def load_reference(self, directory: Path) -> None:
         self.trainer.load_reference(directory)
 
-    def save_checkpoint(self, directory: Path) -> None:
-        self.trainer.save_checkpoint(directory)
+    def save_checkpoint(self, directory: Path) -> str | None:
+        return self.trainer.save_checkpoint(directory)
+
+    def verify_checkpoint(self, directory: Path) -> list[str]:
+        return self.trainer.verify_checkpoint(directory)
 
     def load_checkpoint(self, directory: Path) -> None:
         self.trainer.load_checkpoint(directory)

@@ -12,14 +12,18 @@ _OVERLAPPING = {"generate", "train"}
 
 
 class Clock:
-    def __init__(self, totals: dict[str, float] | None = None, wall_s: float = 0.0) -> None:
-        """A resumed run goes on from the totals it saved."""
-        self.totals: dict[str, float] = dict(totals or {})
+    def __init__(self) -> None:
+        self.totals: dict[str, float] = {}
         """Seconds by activity over the whole run."""
         self._step: dict[str, float] = {}
         self._active: set[str] = set()
         self._last = self._step_started = time.perf_counter()
-        self._run_started = self._last - wall_s
+        self._run_started = self._last
+
+    def go_on_from(self, totals: dict[str, float], wall_s: float) -> None:
+        """Of a resumed run: what it had saved comes before what was counted since."""
+        self.totals = {name: totals.get(name, 0.0) + self.totals.get(name, 0.0) for name in totals | self.totals}
+        self._run_started -= wall_s
 
     @property
     def wall_s(self) -> float:
@@ -38,8 +42,10 @@ class Clock:
     def phase(self, name: str) -> Iterator[None]:
         """The block is the activity. It may come again within a step, but not within itself."""
         self.begin(name)
-        yield
-        self.end(name)
+        try:
+            yield
+        finally:
+            self.end(name)
 
     def lap(self) -> dict[str, float]:
         """Seconds by activity since the last lap, `step` for all of it."""

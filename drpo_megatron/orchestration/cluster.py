@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -32,6 +32,7 @@ from drpo_megatron.orchestration.placement import (
     rank_spots,
     ranks_have_gpus,
 )
+from drpo_megatron.orchestration.signals import held
 from drpo_megatron.orchestration.workers import (
     ActorGroup,
     Call,
@@ -43,6 +44,7 @@ from drpo_megatron.orchestration.workers import (
 )
 from drpo_megatron.precision.recipes import environment as precision_environment
 
+_CONSOLE_POPEN = ray._private.services.ConsolePopen
 _CALLS_AT_ONCE = 16
 """Of the engine in front of SGLang servers: rollouts of several steps, new weights in between, pings."""
 _RAY_ATTEMPTS = 4
@@ -70,12 +72,15 @@ def cluster(
 
 @contextmanager
 def _ray(config: Config, numbers: Numbers) -> Iterator[None]:
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     address = config.cluster.ray_address
     temporary = None if address else tempfile.mkdtemp(prefix="ray-", dir=_short_temporary_directory())
     # ray/_private/worker.py:439,2774 would tell every death and lost peer on its own; our one error names the culprit.
     os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
     ray._private.worker.listen_error_messages = lambda worker, stopped: None
+    # ray/_private/node.py:667 and worker.py:1679 would take SIGTERM: ours saves, or says how to continue.
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    # ray/_private/services.py:1071: signals to the driver's process group (`timeout`, a closed terminal) end Ray, too.
+    ray._private.services.ConsolePopen = partial(_CONSOLE_POPEN, process_group=0)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # The default says at length that it will change.
     try:
@@ -84,12 +89,10 @@ def _ray(config: Config, numbers: Numbers) -> Iterator[None]:
             _wait_for_machines(config.cluster.num_machines, config.cluster.startup_timeout_s)
         else:
             _start_ray(max(os.cpu_count() or 1, sum(numbers)), temporary)
-        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init takes it for itself.
         yield
     finally:
-        on_sigint = signal.signal(signal.SIGINT, signal.SIG_IGN)  # A second Ctrl-C must not leave processes behind.
-        ray.shutdown()
-        signal.signal(signal.SIGINT, on_sigint)
+        with held():  # A second Ctrl-C must not leave processes behind.
+            ray.shutdown()
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -154,7 +157,8 @@ def launch(config: Config, numbers: Numbers, logs: Path) -> Workers:
 
     Raises: ValueError when the cluster is too small; ProcessFailure when a process isn't there in time.
     """
-    supervisor, timeout_s = Supervisor(), config.cluster.startup_timeout_s
+    timeout_s = config.cluster.startup_timeout_s
+    supervisor = Supervisor(silence_s=config.cluster.step_timeout_s)
     on_gpu, takes_turns = ranks_have_gpus(config, numbers), is_colocated(config, numbers)
 
     def add(

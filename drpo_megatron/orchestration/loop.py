@@ -8,7 +8,7 @@
       |          |    completions       ^           |   samples = to_samples(groups, advantages)  |
       |  driver  |                      | buckets   |   report  = train(samples)                  |
       |          | -----> rewards       |           |   publish()                                 |
-      |          | <----- (1 process)   |           |   evaluate, save, log                       |
+      |          | <----- (1 process)   |           |   log, save, evaluate                       |
       |          |                      |           +---------------------------------------------+
       |          |    samples           |
       +----------+ ----------------> trainer ranks (Megatron; the optimiser steps of one rollout)
@@ -28,30 +28,31 @@ sequence then has tokens of several versions, each with the mu of the one that d
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from drpo_megatron.checkpoint.checksums import sealed
 from drpo_megatron.config import Config
+from drpo_megatron.config.sections import WarmupSection
+from drpo_megatron.files import CannotWrite, write_text
 from drpo_megatron.orchestration.clock import OVERLAP, Clock
 from drpo_megatron.orchestration.early_warning import METRIC, EarlyWarning
 from drpo_megatron.orchestration.gauges import Gauges
 from drpo_megatron.orchestration.profile import Profiling
-from drpo_megatron.orchestration.run_directory import Progress, RunDirectory
-from drpo_megatron.orchestration.warmup import warm_up
+from drpo_megatron.orchestration.run_directory import ROLLOUTS_FILE, TRAINER_FILES, Checkpoint, Progress, RunDirectory
+from drpo_megatron.orchestration.warmup import WarmupProgress, warm_up
 from drpo_megatron.orchestration.workers import Workers
 from drpo_megatron.rollout.evaluation import evaluate
 from drpo_megatron.rollout.sampler import to_samples
 from drpo_megatron.types import Prompt, RolloutGroup, Sample, StepReport
 
-TRAINER_FILES, ROLLOUTS_FILE = "trainer", "rollouts.json"
-"""Of a checkpoint directory: the trainer's part, and what was drawn ahead with the place in the prompt stream."""
-
 
 class MetricsLog(Protocol):
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def amend(self, step: int, metrics: dict[str, float]) -> None: ...
 
 
 class RolloutSource(Protocol):
@@ -97,18 +98,32 @@ class Loop:
         """Held-out accuracy by step, where it was measured."""
         self.stop_reason: str | None = None
         """Why the run ends before its last step, if it was asked to."""
+        self.warmup: WarmupProgress | None = None
+        """Of a warm-up that is not done."""
         self._saved_step: int | None = None
         self._num_tokens_before = 0
 
-    def run(self, checkpoint: tuple[Path, Progress] | None) -> None:
+    def run(self, checkpoint: Checkpoint | None) -> None:
         """All steps that are left; fewer, with a checkpoint of the last one done, after `request_stop`."""
-        first = self.resume(*checkpoint) if checkpoint else self.begin()
-        for step in range(first, self.config.run.num_steps + 1):
+        if checkpoint is not None:
+            self.resume(checkpoint)
+        if checkpoint is None or self.warmup is not None:
+            self.begin()
+        step = checkpoint.progress.step if checkpoint else 0
+        self.evaluate_if_due(step)
+        while not self.ends_after(step) and step < self.config.run.num_steps:
+            step += 1
             self.step(step)
-            if self.stop_reason is not None and self._saved_step == step < self.config.run.num_steps:
-                self.say(f"stopped after step {step}: {self.stop_reason}")
-                return
-        self.stop_reason = None
+
+    def ends_after(self, step: int) -> bool:
+        """Whether a stop was asked for. Then `step` is saved; an evaluation that is due is left to the resumed run."""
+        if self.stop_reason is None:
+            return False
+        if self._saved_step != step:
+            self.save(step)
+        done = f"step {self.warmup.num_steps} of the warm-up" if self.warmup else f"step {step}"
+        self.say(f"stopped after {done}: {self.stop_reason}")
+        return True
 
     def request_stop(self, reason: str) -> None:
         """End after the present step, with a checkpoint. Only notes the wish: signal handlers and threads may call it."""
@@ -118,19 +133,21 @@ class Loop:
         groups, metrics = self.rollouts.take(step, self.policy_version)
         self.rollouts.draw_ahead(step)
         if self.config.rollout.dump:
-            self.run_directory.dump(step, groups, self.config)
+            self.dump(step, groups)
         samples = to_samples(groups, self.config.advantages.name)
         self.release()
         with self.profiling.of(step):
             report = self.train(samples)
         warning = self.watch(report)
         self.publish()
-        if self.is_due(self.config.eval.every, step):
-            metrics |= self.evaluate(step)
         self.metrics.log(step, metrics | report.metrics | self.timings(report.num_tokens, len(samples)))
         must_stop = warning is not None and self.config.precision.monitor.early_warning.action == "stop"
-        if self.is_due(self.config.checkpoint.every, step) or self.stop_reason is not None or must_stop:
+        if must_stop or step == self.config.run.num_steps:
             self.save(step)
+        elif self.is_due(self.config.checkpoint.every, step) and self.stop_reason is None:
+            self.save_if_possible(step)
+        self.evaluate_if_due(step)
+        self.metrics.amend(step, self.timings_after())
         if must_stop:
             raise ValueError(
                 f"stopped after step {step}, as precision.monitor.early_warning.action=stop says: {warning}"
@@ -181,71 +198,117 @@ class Loop:
         with self.clock.phase("sync"):
             self.workers.give_memory_to_ranks()
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Share of correct answers on the held-out prompts."""
-        if not self.heldout or not len(self.workers.engines):
-            return {}
+    def evaluate_if_due(self, step: int) -> None:
+        """Share of correct answers on the held-out prompts: of a step that is logged already, and saved if it is due.
+
+        A step whose evaluation was broken off, or left out because the run was asked to stop, is evaluated at a resume.
+        """
+        is_due = step == 0 or self.is_due(self.config.eval.every, step)
+        can = bool(self.heldout) and len(self.workers.engines) > 0
+        if not is_due or not can or step in self.accuracy or self.stop_reason is not None:
+            return
         with self.clock.phase("eval"):
             result = evaluate(self.workers.engines, self.workers.rewards, self.heldout, self.config)
         self.accuracy[step] = result.accuracy
-        return {"eval/accuracy": result.accuracy}
+        self.metrics.amend(step, {"eval/accuracy": result.accuracy} | self.timings_after())
+        if self._saved_step == step:
+            self.run_directory.update_progress(self.progress(step), self.config)
+
+    def dump(self, step: int, groups: list[RolloutGroup]) -> None:
+        """Training goes on without it when the disk is full."""
+        try:
+            self.run_directory.dump(step, groups, self.config)
+        except OSError as error:
+            self.say(f"warning: the rollouts of step {step} are not kept: {error}")
 
     # --- where a run begins and where it goes on ----------------------------------------------------------------------
 
-    def begin(self) -> int:
-        """Supervised warm-up, if there is one, and the accuracy before RL. Returns the first step."""
-        metrics: dict[str, float] = {}
-        warmup = self.config.warmup
+    def begin(self) -> None:
+        """Supervised warm-up, if there is one, or the rest of it."""
+        warmup, metrics = self.config.warmup, {}
         if warmup is not None:
-            with self.clock.phase("warmup"):
-                metrics |= warm_up(warmup, self.config.run.seed, self.demonstrations, self.workers.ranks, self.say)
-                if self.config.objective.kl_ref is not None:
-                    source = Path(self.config.model.hf_path)
-                    self.workers.ranks.call("write_hf", self.run_directory.reference, source)
+            done = self.warm_up(warmup)
+            if self.warmup is not None:
+                return
+            metrics = {"warmup/loss/first": done.first_loss, "warmup/loss/last": done.last_loss}
         precision = self.config.precision
         engines_lack_them = precision.rolls_out_quantized or self.workers.take_turns
         if warmup is not None or self.config.model.megatron_path is not None or engines_lack_them:
             self.publish()
-        metrics |= self.evaluate(0)
         if metrics:
             self.metrics.log(0, metrics)
         if warmup is not None and self.config.checkpoint.every:
-            self.save(0)
+            self.save_if_possible(0)
         self._start_clock()
-        return 1
 
-    def resume(self, checkpoint: Path, progress: Progress) -> int:
-        """Everything as it was when the checkpoint was saved. Returns the first step to do."""
+    def warm_up(self, section: WarmupSection) -> WarmupProgress:
+        """What is left of it; `self.warmup` says whether it was broken off."""
+        with self.clock.phase("warmup"):
+            done = warm_up(
+                section,
+                self.config.run.seed,
+                self.demonstrations,
+                self.workers.ranks,
+                self.say,
+                self.warmup,
+                must_stop=lambda: self.stop_reason is not None,
+            )
+            self.warmup = done if done.num_steps < section.num_steps else None
+            if self.warmup is None and self.config.objective.kl_ref is not None:
+                source = Path(self.config.model.hf_path)
+                self.workers.ranks.call("write_hf", self.run_directory.reference, source)
+        return done
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Everything as it was when the checkpoint was saved."""
+        progress = checkpoint.progress
+        self.warmup = WarmupProgress(**progress.warmup) if progress.warmup else None
         with self.clock.phase("checkpoint"):
-            if self.config.warmup is not None and self.config.objective.kl_ref is not None:
+            if self.config.warmup is not None and self.config.objective.kl_ref is not None and self.warmup is None:
                 self.workers.ranks.call("load_reference", self.run_directory.reference)
-            self.workers.ranks.call("load_checkpoint", checkpoint / TRAINER_FILES)
-        self.rollouts.load_state_dict(json.loads((checkpoint / ROLLOUTS_FILE).read_text(encoding="utf-8")))
+            self.workers.ranks.call("load_checkpoint", checkpoint.trainer)
+        self.rollouts.load_state_dict(checkpoint.rollouts())
         self.policy_version = progress.policy_version
         if progress.early_warning:
             self.early_warning.load_state_dict(progress.early_warning)
         self.num_trained_tokens = progress.num_trained_tokens
         self.accuracy = {int(step): accuracy for step, accuracy in progress.accuracy.items()}
-        self.publish()
+        self._saved_step = progress.step if self.warmup is None else None
+        if self.warmup is None:
+            self.publish()
         self._start_clock()
-        return progress.step + 1
+
+    def save_if_possible(self, step: int) -> None:
+        """One of several: the run goes on without it when the disk is full, and tries again at the next."""
+        try:
+            self.save(step)
+        except CannotWrite as error:
+            self.say(f"warning: step {step} is not saved, and training goes on: {error}")
 
     def save(self, step: int) -> None:
+        """Raises: CannotWrite, which says why; the checkpoint before stays the newest then."""
         self.rollouts.settle()
-        with self.clock.phase("checkpoint"):
-            progress = Progress(
-                step=step,
-                policy_version=self.policy_version,
-                accuracy={str(step): accuracy for step, accuracy in self.accuracy.items()},
-                phase_s=self.clock.totals,
-                num_trained_tokens=self.num_trained_tokens,
-                wall_s=self.clock.wall_s,
-                early_warning=self.early_warning.state_dict(),
-            )
-            with self.run_directory.writing_checkpoint(progress, self.config) as directory:
-                (directory / ROLLOUTS_FILE).write_text(json.dumps(self.rollouts.state_dict()), encoding="utf-8")
-                self.workers.ranks.call("save_checkpoint", directory / TRAINER_FILES)
+        with (
+            self.clock.phase("checkpoint"),
+            self.run_directory.writing_checkpoint(self.progress(step), self.config) as directory,
+        ):
+            write_text(directory / ROLLOUTS_FILE, sealed(self.rollouts.state_dict()))
+            problem = self.workers.ranks.call("save_checkpoint", directory / TRAINER_FILES)[0]
+            if problem is not None:
+                raise CannotWrite(None, problem)
         self._saved_step = step
+
+    def progress(self, step: int) -> Progress:
+        return Progress(
+            step=step,
+            policy_version=self.policy_version,
+            accuracy={str(step): accuracy for step, accuracy in self.accuracy.items()},
+            phase_s=self.clock.totals,
+            num_trained_tokens=self.num_trained_tokens,
+            wall_s=self.clock.wall_s,
+            early_warning=self.early_warning.state_dict(),
+            warmup=asdict(self.warmup) if self.warmup else None,
+        )
 
     # --- numbers ------------------------------------------------------------------------------------------------------
 
@@ -266,6 +329,12 @@ class Loop:
             metrics["time/overlap_share"] = seconds.get(OVERLAP, 0.0) / min(generating, training)
         self._num_tokens_before = self.rollouts.num_tokens
         return metrics
+
+    def timings_after(self) -> dict[str, float]:
+        """Of the checkpoint and the evaluation of a step that is logged already. No step's sums count them."""
+        seconds = self.clock.lap()
+        self._num_tokens_before = self.rollouts.num_tokens
+        return {f"time/{name}_s": seconds[name] for name in ("checkpoint", "eval") if name in seconds}
 
     def _start_clock(self) -> None:
         self.clock.lap()

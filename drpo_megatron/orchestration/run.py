@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import resource
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,15 @@ from drpo_megatron.checkpoint.hf import HFCheckpoint
 from drpo_megatron.config import Config
 from drpo_megatron.data.prompts import PromptStream, read_demonstrations, read_prompts
 from drpo_megatron.data.tokenize import load_tokenizer
+from drpo_megatron.files import write_text
 from drpo_megatron.models import get_family
 from drpo_megatron.orchestration.clock import Clock
 from drpo_megatron.orchestration.cluster import cluster
 from drpo_megatron.orchestration.loop import Loop, RolloutSource
 from drpo_megatron.orchestration.replay import DumpedRollouts
 from drpo_megatron.orchestration.rollouts import Rollouts
-from drpo_megatron.orchestration.run_directory import RunDirectory, versions
+from drpo_megatron.orchestration.run_directory import Checkpoint, RunDirectory, versions
+from drpo_megatron.orchestration.signals import gently
 from drpo_megatron.orchestration.workers import Workers
 from drpo_megatron.plots import draw_training
 from drpo_megatron.precision.checks import check_precision
@@ -33,9 +33,6 @@ from drpo_megatron.sinks import MetricsLogger
 from drpo_megatron.types import Prompt, Sample
 
 Say = Callable[[str], None]
-
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-"""What a scheduler sends before a time limit or a preemption."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,51 +73,55 @@ def read_inputs(config: Config) -> Inputs:
 
 
 def train(config: Config, inputs: Inputs, run: RunDirectory, say: Say) -> dict[str, Any] | None:
-    """The whole run, or the rest of it after the newest checkpoint of `run`.
+    """The whole run, or the rest of it after the newest checkpoint of `run`; if only what comes at the end is missing
+    (an evaluation, hf/, summary.json), that.
 
     Returns the summary; None when the run was asked to stop before its last step, and can be resumed.
     """
-    checkpoint = run.latest_checkpoint(config)
-    progress = checkpoint[1] if checkpoint else None
-    clock = Clock(progress.phase_s, progress.wall_s) if progress else Clock()
-    total_steps, resume_step = config.run.num_steps, progress.step if progress else None
-    say(f"continuing {run.path} after step {resume_step}" if progress else f"run directory: {run.path}")
+    checkpoint, clock = run.latest_checkpoint(config, say), Clock()
+    say(f"continuing {run.path} after {checkpoint}" if checkpoint else f"run directory: {run.path}")
     for note in inputs.precision_notes:
         say(f"note: {note}")
     with cluster(config, run.logs, clock, say) as workers:
+        checkpoint = verified(checkpoint, config, run, workers, say)
+        if checkpoint is not None:
+            clock.go_on_from(checkpoint.progress.phase_s, checkpoint.progress.wall_s)
         rollouts = rollout_source(config, inputs, workers, clock)
-        metrics = MetricsLogger(run.path, config.metrics, total_steps, resume_step)
+        resume_step = checkpoint.progress.step if checkpoint else None
+        metrics = MetricsLogger(run.path, config.metrics, config.run.num_steps, resume_step)
         try:
             loop = Loop(config, run, workers, rollouts, inputs.heldout, inputs.demonstrations, metrics, clock, say)
-            with _stopping_at_signals(loop):
+            with gently(loop.request_stop):
                 loop.run(checkpoint)
         finally:
             metrics.close()
         if loop.stop_reason is not None:
             return None
         if config.checkpoint.save_hf:
+            say(f"writing the trained model to {run.hf} ...")
             with clock.phase("export"):
                 workers.ranks.call("write_hf", run.hf, Path(config.model.hf_path))
         summary = summarise(config, loop, workers)
-    run.summary_file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_text(run.summary_file, json.dumps(summary, indent=2) + "\n")
     if config.metrics.plot:
-        draw_training(run.path)
+        try:
+            draw_training(run.path)
+        except OSError as error:
+            say(f"warning: no picture of the run: {error}")
     return summary
 
 
-@contextmanager
-def _stopping_at_signals(loop: Loop) -> Iterator[None]:
-    """One of STOP_SIGNALS, however often it comes, ends the loop after its present step, with a checkpoint."""
+def verified(
+    checkpoint: Checkpoint | None, config: Config, run: RunDirectory, workers: Workers, say: Say
+) -> Checkpoint | None:
+    """The checkpoint, when the ranks find in its files what was saved; otherwise the one before, if that was asked for.
 
-    def ask(signum: int, frame: Any) -> None:
-        loop.request_stop(f"{signal.Signals(signum).name} received")
-
-    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    Raises: ValueError that names the damaged file.
+    """
+    while checkpoint and (problems := workers.ranks.call("verify_checkpoint", checkpoint.trainer.absolute())[0]):
+        run.set_aside(checkpoint.path, problems, say)
+        checkpoint = run.latest_checkpoint(config, say)
+    return checkpoint
 
 
 def rollout_source(config: Config, inputs: Inputs, workers: Workers, clock: Clock) -> RolloutSource:

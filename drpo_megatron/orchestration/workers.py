@@ -4,12 +4,16 @@ Every call waits for all its answers and fails at once when any process of the r
 rank that dies makes its peers raise connection errors, often before its own death is known, so an error that may be
 another's fault waits a few seconds for a death to take the blame. The death of a machine takes Ray longer to notice.
 
+A process that was stopped doesn't die: its peers wait in a collective until that raises, or nobody answers any more. Both
+take `silence_s`. Then the processes are looked at one by one (`examine.py`), and write their stacks into their logs.
+
 Work in the background (rollouts while the ranks train) has no wait of its own: every wait hands on its answers, too,
 and meets its failures. There is one thread, so nothing has to be locked, and Ctrl-C ends whatever is waited for.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,9 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
+from drpo_megatron.orchestration import signals
 from drpo_megatron.orchestration.actors import Place
+from drpo_megatron.orchestration.examine import examine
 from drpo_megatron.types import Completion, Prompt
 
 if TYPE_CHECKING:
@@ -80,6 +86,8 @@ class Supervisor:
     """Knows every process of the run, so that no wait outlives any of them."""
 
     processes: list[Process] = field(default_factory=list)
+    silence_s: float = float("inf")
+    """How long nobody may answer while something is asked for."""
     _background: dict[Any, tuple[Process, Callable[[Any], None]]] = field(default_factory=dict)
     """Who works on it and who takes the answers, by what to wait for: a ray.ObjectRef or a stream of them."""
 
@@ -98,16 +106,21 @@ class Supervisor:
         self._background[answer] = (process, receive)
 
     def _serve(self, pending: dict[Any, Process], is_done: Callable[[], bool], timeout_s: float | None = None) -> None:
-        deadline = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
+        patience_s = self.silence_s if timeout_s is None else timeout_s
+        heard = started = time.monotonic()
         while not is_done():
+            signals.raise_if_due()
             waiting = [*pending, *self._background]
             assert waiting, "every answer came, and yet something is awaited"
             done, _ = ray.wait(waiting, timeout=_POLL_S)
             failures = self._take(done, pending) if done else self._failed_meanwhile(pending)
             if failures:
                 raise self._blame(failures, pending)
-            if time.monotonic() > deadline:
-                raise ProcessFailure("\n".join(_silent(process, timeout_s) for process in pending.values()))
+            if done and timeout_s is None:
+                heard = time.monotonic()
+            if time.monotonic() > heard + patience_s:
+                asked = [*pending.values(), *(process for process, _ in self._background.values())]
+                raise self._silence(list(dict.fromkeys(asked)), time.monotonic() - started)
 
     def _take(self, done: Sequence[Any], pending: dict[Any, Process]) -> list[Failure]:
         """What has been answered is no longer pending, or is handed on."""
@@ -155,8 +168,38 @@ class Supervisor:
             failure.write_traceback()
         if num_machines > 1 and (lost := self._lost_machines()):
             return LostMachine("\n".join(lost))
+        if ended := _ended_parts_of_ray():
+            return ProcessFailure(ended)
+        if stopped := self._stopped():
+            first = failures[0].text.splitlines()[0]
+            return ProcessFailure("\n".join([*(_stopped(p) for p in stopped), f"  seen as: {first}", self._stacks]))
         culprits = [f for f in failures if f.is_death] or [f for f in failures if not f.may_be_anothers] or failures
         return ProcessFailure(culprits[0].text)
+
+    def _silence(self, asked: list[Process], seconds: float) -> ProcessFailure:
+        """Nobody answers: of those that are stopped, or else of those that were asked, with all stacks in the logs."""
+        if ended := _ended_parts_of_ray():
+            return ProcessFailure(ended)
+        what = f"gave no answer for {seconds:.0f} s"
+        if stopped := self._stopped():
+            texts = [_stopped(process) for process in stopped]
+            texts.append(f"  seen as: {', '.join(process.name for process in asked)} {what}")
+        else:
+            texts = [process.describe(what) for process in asked]
+        return ProcessFailure("\n".join([*texts, self._stacks]))
+
+    def _stopped(self) -> list[Process]:
+        """Those that were stopped from outside. All processes write their stacks, for there was a fault."""
+        states = examine(self.processes, write_stacks=True)
+        return [process for process, state in states.items() if state == "stopped"]
+
+    @property
+    def _stacks(self) -> str:
+        directory = self.processes[0].log_file.parent
+        return (
+            f"  the limit is cluster.step_timeout_s={self.silence_s:g} (cluster.startup_timeout_s at the start); what every "
+            f"process was at stands at the end of its log in {directory}"
+        )
 
     def _lost_machines(self) -> list[str]:
         """A sentence for each machine that held processes of the run and has left the Ray cluster."""
@@ -176,7 +219,8 @@ class Failure:
     @property
     def is_death(self) -> bool:
         """Its own. One that met another's death (a rank that was sending to an engine) raises both kinds in one."""
-        return isinstance(self.error, RayActorError) and not isinstance(self.error, RayTaskError)
+        is_death = isinstance(self.error, RayActorError | OutOfMemoryError)
+        return is_death and not isinstance(self.error, RayTaskError)
 
     @property
     def may_be_anothers(self) -> bool:
@@ -305,14 +349,32 @@ def _failure(process: Process, ref: Any) -> Failure | None:
     return None
 
 
-def _silent(process: Process, timeout_s: float | None) -> str:
-    return process.describe(f"did not answer within {timeout_s:g} s")
+def _stopped(process: Process) -> str:
+    return process.describe("was stopped (SIGSTOP, a debugger, a frozen container)")
+
+
+def _ended_parts_of_ray() -> str:
+    """Of the Ray that this run started: which of its own processes are no longer there."""
+    node = ray._private.worker._global_node
+    dead = [(name, process.pid) for name, process in node.dead_processes()] if node is not None else []
+    if not dead:
+        return ""
+    who = ", ".join(f"{name} (pid {pid})" for name, pid in dead)
+    return (
+        f"Ray's {who} ended: killed from outside (SIGKILL, out of memory), or crashed. It manages the processes of this "
+        "machine, which end with it; none of the run's own is at fault"
+    )
 
 
 def _death_cause(text: str) -> str:
     """Ray's report of a death, in one sentence."""
-    if "running low on memory" in text:
-        return "Ray ended it because its machine ran out of memory"
+    if "running low on memory" in text or "OutOfMemory" in text:
+        used = re.search(r"was (\S+) / (\S+) \(", text)
+        numbers = f" ({used[1]} of {used[2]} used)" if used else ""
+        return (
+            f"Ray ended it because its machine runs out of memory{numbers}; put fewer processes on it, or a larger one "
+            "(RAY_memory_usage_threshold says from which share on)"
+        )
     if "node has died" in text or "node was terminated" in text:
         return "its machine left the Ray cluster"
     return "the process ended without a Python exception: killed (SIGKILL, out of memory) or crashed in native code"

@@ -70,8 +70,11 @@ def initialize_distributed(config: Config, rank: int, world_size: int, store: di
     return platform
 
 
-def build_layout(parallel: ParallelSection, seed: int) -> Layout:
-    """Megatron's parallel state for `parallel` over the default process group, and its seeded generators."""
+def build_layout(parallel: ParallelSection, seed: int, timeout_s: float = 3600.0) -> Layout:
+    """Megatron's parallel state for `parallel` over the default process group, and its seeded generators.
+
+    A collective in any of its groups that waits longer than `timeout_s` raises.
+    """
     _quiet_megatron()
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -87,6 +90,7 @@ def build_layout(parallel: ParallelSection, seed: int) -> Layout:
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         create_gloo_process_groups=_has_gloo(),
+        distributed_timeout_minutes=timeout_s / 60,  # Its own default is 30 minutes, whatever the default group has.
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 1000 * parallel_state.get_pipeline_model_parallel_rank())
     return Layout(ProcessGroupCollection.use_mpu_process_groups(), parallel)

@@ -49,7 +49,7 @@ class Trainer:
         self.platform = activate(config.trainer.backend)
         if self.precision is not None and self.precision.emulated:
             self.platform = replace(self.platform, transformer_engine=False)  # Its layers are Megatron's own.
-        self.layout = setup.build_layout(config.parallel, config.run.seed)
+        self.layout = setup.build_layout(config.parallel, config.run.seed, config.cluster.step_timeout_s)
         self.hf_config = AutoConfig.from_pretrained(
             config.model.hf_path, local_files_only=True, trust_remote_code=False
         )
@@ -234,8 +234,11 @@ class Trainer:
         self._load_weights(directory)
         self._freeze_reference()
 
-    def save_checkpoint(self, directory: Path) -> None:
-        """Model, optimizer, schedule and counters, distributed over all ranks. The caller renames when all returned."""
+    def save_checkpoint(self, directory: Path) -> str | None:
+        """Model, optimizer, schedule and counters, distributed over all ranks. The caller renames when all returned.
+
+        Returns: why it could not be written, such as a full disk, equal on all ranks, which can go on; None when it was.
+        """
         from drpo_megatron.checkpoint.megatron import save_checkpoint
 
         counters = {
@@ -244,7 +247,7 @@ class Trainer:
             "is_warming_up": self.is_warming_up,
         }
         with optimizer_scope():
-            save_checkpoint(
+            return save_checkpoint(
                 directory,
                 self.chunks,
                 self.optimizer,
@@ -253,6 +256,12 @@ class Trainer:
                 self.config.model.hf_path,
                 self.low_precision.amax_history(),
             )
+
+    def verify_checkpoint(self, directory: Path) -> list[str]:
+        """A sentence for each file that is not what was saved, equal on all ranks, each of which reads its share."""
+        from drpo_megatron.checkpoint.megatron import find_damage
+
+        return find_damage(directory)
 
     def load_checkpoint(self, directory: Path) -> None:
         """Continue exactly where `save_checkpoint` was called. Raises ValueError naming what is missing."""

@@ -12,7 +12,8 @@ from drpo_megatron.orchestration.clock import Clock
 def test_activities_at_once_each_get_their_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    clock = Clock({"train": 10.0}, wall_s=50.0)
+    clock = Clock()
+    clock.go_on_from({"train": 10.0}, wall_s=50.0)
     clock.begin("generate")  # at 0
     now += 2
     with clock.phase("train"):  # 2 to 7

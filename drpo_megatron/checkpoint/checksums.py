@@ -1,0 +1,122 @@
+"""Checksums of a directory's files: one flipped bit, a lost or a cut-off file is found before anything is read from it.
+
+`checksums.json` lists size and XXH3 (128 bits) of every file, and its own hash. XXH3 is as fast as memory and finds
+what happens by accident; it is no signature. `tools/benchmark_checkpoint.py` measures what it costs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from drpo_megatron.files import write_text
+
+CHECKSUMS_FILE = "checksums.json"
+_CHUNK_BYTES = 2**22
+_NUM_THREADS = 4
+"""Reading and hashing release the interpreter's lock."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileSum:
+    num_bytes: int
+    xxh3: str
+
+
+def sum_of(path: Path) -> FileSum:
+    digest, buffer, total = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK_BYTES)), 0
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            total += count
+    return FileSum(total, digest.hexdigest())
+
+
+def sums_of(directory: Path, names: Iterable[str]) -> dict[str, FileSum]:
+    wanted = list(names)
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        return dict(zip(wanted, pool.map(lambda name: sum_of(directory / name), wanted), strict=True))
+
+
+def write_checksums(directory: Path, sums: Mapping[str, FileSum]) -> None:
+    """Written last: the directory is whole when it is there."""
+    write_text(directory / CHECKSUMS_FILE, sealed({"files": {name: asdict(sums[name]) for name in sorted(sums)}}))
+
+
+def read_checksums(directory: Path) -> dict[str, FileSum] | None:
+    """None when the directory has none: another tool, or an older version of this one, wrote it.
+
+    Raises: ValueError that names the file when it is damaged.
+    """
+    path = directory / CHECKSUMS_FILE
+    if not path.exists():
+        return None
+    files = unsealed(path).get("files")
+    try:
+        return {name: FileSum(int(entry["num_bytes"]), str(entry["xxh3"])) for name, entry in files.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: it is no list of files with their sums") from error
+
+
+def missing_or_cut(directory: Path, sums: Mapping[str, FileSum]) -> list[str]:
+    """A sentence for each file that is not there or has another size. Reads no file."""
+    problems = []
+    for name, expected in sums.items():
+        path = directory / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif (size := path.stat().st_size) != expected.num_bytes:
+            problems.append(f"{path} has {size:,} bytes, and had {expected.num_bytes:,} when it was saved")
+    return problems
+
+
+def damaged(directory: Path, sums: Mapping[str, FileSum]) -> list[str]:
+    """`missing_or_cut`, and a sentence for each file that holds something else than what was written."""
+    if problems := missing_or_cut(directory, sums):
+        return problems
+    try:
+        found = sums_of(directory, sums)
+    except OSError as error:
+        return [f"{error.filename or directory} can't be read: {error.strerror or error}"]
+    return [
+        f"{directory / name} is damaged: its checksum is {found[name].xxh3[:12]}..., and was {expected.xxh3[:12]}... when "
+        "it was saved"
+        for name, expected in sums.items()
+        if found[name] != expected
+    ]
+
+
+def sealed(record: dict[str, Any]) -> str:
+    """JSON that carries its own hash."""
+    return json.dumps(record | {"checksum": _seal(record)}, indent=2) + "\n"
+
+
+def unsealed(path: Path) -> dict[str, Any]:
+    """What `sealed` made. A file without a hash, which an older version wrote, is taken as it is.
+
+    Raises: ValueError that names the file and says what is wrong with it.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it is not JSON ({path.stat().st_size} bytes; {error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(record).__name__}, not an object")
+    checksum = record.pop("checksum", None)
+    if checksum is not None and checksum != _seal(record):
+        raise ValueError(f"{path} is damaged: its checksum is not that of what it holds")
+    return record
+
+
+def _seal(record: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
