@@ -8,14 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from drpo_megatron.checkpoint.atomic import new_directory
+from drpo_megatron.checkpoint.other_files import OtherFiles
 from drpo_megatron.checkpoint.safetensors_file import (
     Header,
     TensorInfo,
@@ -28,7 +29,8 @@ from drpo_megatron.checkpoint.safetensors_file import (
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DEFAULT_SHARD_BYTES = 5 * 10**9
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+"""Of config.json: what transformers 5 and older versions call the weights' type."""
 
 
 def tensor_checksum(tensor: torch.Tensor) -> str:
@@ -71,6 +73,10 @@ class HFCheckpoint:
         for name in self._file_of:
             yield name, self.get(name)
 
+    def other_files(self) -> OtherFiles:
+        """All that the directory holds beside these weights."""
+        return OtherFiles.of(self.directory, {*self.headers, INDEX_FILE})
+
     def _locate(self) -> dict[str, str]:
         """The file of every tensor."""
         index_file = self.directory / INDEX_FILE
@@ -81,6 +87,11 @@ class HFCheckpoint:
             weight_map = _read_json(index_file).get("weight_map", {})
             if not weight_map:
                 raise ValueError(f"{index_file} names no tensors (weight_map); copy it again")
+            if (self.directory / SINGLE_FILE).is_file() and set(weight_map.values()) != {SINGLE_FILE}:
+                raise ValueError(
+                    f"{self.directory} has both {SINGLE_FILE} and {INDEX_FILE}, which names other files: transformers "
+                    f"would load the first, SGLang and the trainer the second; remove the one that is out of date"
+                )
         elif not (self.directory / SINGLE_FILE).is_file():
             raise ValueError(f"{self.directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
         for file in sorted(set(weight_map.values()) or {SINGLE_FILE}):
@@ -109,15 +120,41 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise ValueError(f"checkpoint directory {directory} does not exist")
     if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory} has no config.json; it is not a Hugging Face checkpoint")
+        snapshots = sorted(path.name for path in directory.glob("snapshots/*") if path.is_dir())
+        hint = f"; it is a cache, give {directory}/snapshots/{snapshots[-1]}" if snapshots else ""
+        raise ValueError(f"{directory} has no config.json; it is not a Hugging Face checkpoint{hint}")
     return _read_json(directory / "config.json")
 
 
-def copy_other_files(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and whatever else is no weights and no index."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES and file.name != INDEX_FILE:
-            shutil.copy2(file, target / file.name)
+def with_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """config.json that says so, in the keys that it has for it. None: as it is."""
+    if dtype is None:
+        return config
+    keys = [key for key in _DTYPE_KEYS if key in config] or ["torch_dtype"]
+    changed = config | dict.fromkeys(keys, str(dtype).removeprefix("torch."))
+    if isinstance(config.get("text_config"), dict):
+        changed["text_config"] = with_dtype(config["text_config"], dtype)
+    return changed
+
+
+def usual_dtype(tensors: Iterable[TensorInfo]) -> torch.dtype | None:
+    """That of most of the numbers, FP8 and integers aside: what config.json should say."""
+    counts: Counter[torch.dtype] = Counter()
+    for info in tensors:
+        if info.dtype.is_floating_point and info.dtype.itemsize > 1:
+            counts[info.dtype] += info.num_bytes // info.dtype.itemsize
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def says_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> bool:
+    """Whether config.json says that the weights are of this type, or nothing."""
+    text = config.get("text_config")
+    said = [part[key] for part in (config, text) if isinstance(part, dict) for key in _DTYPE_KEYS if part.get(key)]
+    return dtype is None or all(name == str(dtype).removeprefix("torch.") for name in said)
+
+
+def write_config(directory: Path, config: dict[str, Any]) -> None:
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def shard_name(index: int, count: int) -> str:
@@ -138,20 +175,31 @@ def write_hf_checkpoint(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     force: bool = False,
+    say: Callable[[str], None] = print,
 ) -> Path:
-    """Stream tensors into a new checkpoint at `directory`; config, tokenizer and the like are copied from `source`.
+    """Stream tensors into a new checkpoint at `directory`; all else is copied from the checkpoint `source`.
 
+    Left there, and said so: what holds its weights in another format. config.json says the type of the tensors.
     Written under a temporary name beside it and renamed at the end: an interrupted write leaves no checkpoint. One
     shard is in memory at a time. Raises ValueError if `directory` exists (unless `force`).
     """
-    target = Path(directory)
-    with new_directory(target, force=force) as scratch:
-        _write_shards(scratch, named_tensors, max_shard_bytes)
-        copy_other_files(Path(source), scratch)
+    target, original = Path(directory), HFCheckpoint(source)
+    others = original.other_files().without_copies(original.names())
+    for note in others.notes():
+        say(f"note: {note}")
+    with new_directory(target, num_bytes=others.num_bytes, force=force, source=original.directory) as scratch:
+        others.copy(scratch)
+        dtype = usual_dtype(_write_shards(scratch, named_tensors, max_shard_bytes))
+        if not says_dtype(original.config, dtype):
+            write_config(scratch, with_dtype(original.config, dtype))
     return target
 
 
-def _write_shards(scratch: Path, named_tensors: Iterable[tuple[str, torch.Tensor | None]], max_bytes: int) -> None:
+def _write_shards(
+    scratch: Path, named_tensors: Iterable[tuple[str, torch.Tensor | None]], max_bytes: int
+) -> list[TensorInfo]:
+    """What was written."""
+    infos: list[TensorInfo] = []
     shards: list[list[str]] = []
     shard: dict[str, torch.Tensor] = {}
     num_bytes = total_bytes = 0
@@ -164,6 +212,7 @@ def _write_shards(scratch: Path, named_tensors: Iterable[tuple[str, torch.Tensor
         create_file(path, header)
         for name, tensor in shard.items():
             write_tensor(path, header, name, tensor)
+        infos.extend(tensors.values())
         shards.append(list(shard))
         shard, num_bytes = {}, 0
 
@@ -183,6 +232,7 @@ def _write_shards(scratch: Path, named_tensors: Iterable[tuple[str, torch.Tensor
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         (scratch / INDEX_FILE).write_text(index_text(weight_map, {"total_size": total_bytes}), encoding="utf-8")
+    return infos
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a Megatron checkpoint keeps of the Hugging Face checkpoint that it comes from, so that it can become one again.
 
 CHECKPOINT/hf/config.json, tokenizer.json, ...   as they were
+              additional_chat_templates/ ...     and subdirectories, too
               tensors.json                       which tensor of which type lies in which file, and the index
               untrained.safetensors              tensors that no parameter takes (a vision tower), if there are any
 """
@@ -8,7 +9,7 @@ CHECKPOINT/hf/config.json, tokenizer.json, ...   as they were
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ import torch
 from drpo_megatron.checkpoint.hf import (
     INDEX_FILE,
     HFCheckpoint,
-    copy_other_files,
     index_text,
     read_config,
     shard_name,
+    write_config,
 )
+from drpo_megatron.checkpoint.other_files import OtherFiles, copy_contents
 from drpo_megatron.checkpoint.safetensors_file import (
     Header,
     TensorInfo,
@@ -31,10 +33,14 @@ from drpo_megatron.checkpoint.safetensors_file import (
     read_tensor,
     write_tensor,
 )
+from drpo_megatron.checkpoint.stored import StoredTensors, require_plain
 
 FOLDER = "hf"
 TENSORS_FILE = "tensors.json"
 UNTRAINED_FILE = "untrained.safetensors"
+_OWN_FILES = (TENSORS_FILE, UNTRAINED_FILE)
+_RENAMED = ".as-it-was"
+"""What follows the name of a carried file that is called as one of ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,32 @@ class FileLayout:
             (directory / INDEX_FILE).write_text(self.index, encoding="utf-8")
 
 
-class CarriedFiles:
+class HFFiles:
+    """The Hugging Face side of a Megatron checkpoint: what is written beside the weights, and where those go."""
+
+    directory: Path
+    config: dict[str, Any]
+    layout: FileLayout
+    is_trained: bool
+    """Whether the weights have changed since: then they are of the trainer's dtype, not of the layout's."""
+    others: OtherFiles
+
+    def untrained(self, name: str) -> torch.Tensor:
+        """A tensor that no parameter takes. ValueError when the place that has it is gone."""
+        raise NotImplementedError
+
+    def copy_others(self, target: Path, layout: FileLayout) -> list[str]:
+        """All but the weights, into a directory for files of `layout`. Returns notes on what is left."""
+        taken = {name for name in self.others.files if name in layout.headers or name == INDEX_FILE}
+        for name in self.others.files.keys() - taken:
+            copy_contents(self.directory / name, target / name.removesuffix(_RENAMED))
+        notes = self.others.notes()
+        if taken:
+            notes.append(f"left in {self.directory}: {', '.join(sorted(taken))} (new files have the same name)")
+        return notes
+
+
+class CarriedFiles(HFFiles):
     """The folder `hf/` of a Megatron checkpoint."""
 
     def __init__(self, directory: Path) -> None:
@@ -99,34 +130,68 @@ class CarriedFiles:
         self.directory = directory
         record_file = directory / TENSORS_FILE
         if not record_file.is_file():
-            raise ValueError(f"{record_file} is missing: {directory.parent} doesn't say what it was converted from")
+            raise ValueError(
+                f"{record_file} is missing: {directory.parent} doesn't say what it was converted from; name a Hugging "
+                "Face checkpoint of the same model with --hf"
+            )
         self.config = read_config(directory)
         try:
             record = json.loads(record_file.read_text(encoding="utf-8"))
             headers = {file: Header.parse(text) for file, text in record["headers"].items()}
             self.layout = FileLayout(headers, record["index"])
-            self.is_trained: bool = record["is_trained"]
-            """Whether the weights have changed since: then they are of the trainer's dtype, not of the layout's."""
+            self.is_trained = record["is_trained"]
             self._untrained = Path(record["untrained"] or directory)
             """Where the tensors are that no parameter takes."""
         except (json.JSONDecodeError, KeyError, ValueError) as error:
             raise ValueError(f"{record_file} is damaged ({error}); convert again") from error
+        self.others = OtherFiles.of(directory, _OWN_FILES)
 
     def untrained(self, name: str) -> torch.Tensor:
-        """A tensor that no parameter takes. ValueError when the place that has it is gone."""
+        """See the base class."""
         file = self._untrained / UNTRAINED_FILE
         try:
             if file.is_file():
-                return read_tensor(file, read_header(file), name)
-            return HFCheckpoint(self._untrained).get(name)
+                header = read_header(file)
+                require_plain({name: header.tensors[name]}, file)
+                return read_tensor(file, header, name)
+            return StoredTensors(HFCheckpoint(self._untrained)).get(name)
         except (KeyError, ValueError) as error:
             raise ValueError(
                 f"{name} is not trained, so it has stayed in {self._untrained}, which can't be read: {error}"
             ) from error
 
 
+class GivenFiles(HFFiles):
+    """Another Hugging Face checkpoint of the same model, for a Megatron checkpoint that has no folder of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises ValueError for a directory that is no whole checkpoint, quantised or not."""
+        self._stored = StoredTensors(HFCheckpoint(directory))
+        checkpoint = self._stored.checkpoint
+        self.directory, self.config, self.is_trained = directory, self._stored.config, True
+        self.layout = plain_layout(self._stored, None, ())
+        self.others = checkpoint.other_files().without_copies(checkpoint.names())
+
+    def untrained(self, name: str) -> torch.Tensor:
+        """See the base class."""
+        return self._stored.get(name)
+
+
+def plain_layout(stored: StoredTensors, dtype: torch.dtype | None, untrained: Collection[str]) -> FileLayout:
+    """The files of a checkpoint with what its tensors stand for: without scales, and all but `untrained` as `dtype`."""
+    names = set(stored.names)
+
+    def expand(name: str) -> dict[str, TensorInfo]:
+        if name not in names:
+            return {}
+        info = stored.info(name)
+        return {name: info if dtype is None or name in untrained else TensorInfo(dtype, info.shape)}
+
+    return FileLayout.of(stored.checkpoint).rebuilt(expand)
+
+
 def keep_hf_files(
-    source: HFCheckpoint, directory: Path, layout: FileLayout, config: dict[str, Any], untrained: list[str]
+    source: StoredTensors, directory: Path, layout: FileLayout, config: dict[str, Any], untrained: list[str]
 ) -> None:
     """Write the folder for a conversion: everything of `source` but the weights that the Megatron files hold.
 
@@ -136,8 +201,9 @@ def keep_hf_files(
         untrained: names of tensors that no parameter takes.
     """
     directory.mkdir()
-    copy_other_files(source.directory, directory)
-    if config != source.config:
+    checkpoint = source.checkpoint
+    _carry(checkpoint.other_files(), directory)
+    if config != checkpoint.config:
         write_config(directory, config)
     _write_record(directory, layout, is_trained=False, untrained=None)
     if untrained:
@@ -151,16 +217,18 @@ def keep_hf_files_of_training(source: str | Path, directory: Path) -> None:
     """Write the folder for a checkpoint of a training run that began with `source`.
 
     Args:
-        source: a Hugging Face checkpoint. Tensors that no parameter takes stay there.
+        source: a Hugging Face checkpoint. Tensors that no parameter takes stay there, and so do copies of its weights.
     """
-    source = Path(source)
+    checkpoint = HFCheckpoint(source)
     directory.mkdir()
-    copy_other_files(source, directory)
-    _write_record(directory, FileLayout.of(HFCheckpoint(source)), is_trained=True, untrained=str(source.resolve()))
+    _carry(checkpoint.other_files().without_copies(checkpoint.names()), directory)
+    untrained = str(checkpoint.directory.resolve())
+    _write_record(directory, FileLayout.of(checkpoint), is_trained=True, untrained=untrained)
 
 
-def write_config(directory: Path, config: dict[str, Any]) -> None:
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def _carry(others: OtherFiles, directory: Path) -> None:
+    for name in others.files:
+        copy_contents(others.directory / name, directory / (name + _RENAMED if name in _OWN_FILES else name))
 
 
 def _write_record(directory: Path, layout: FileLayout, *, is_trained: bool, untrained: str | None) -> None:

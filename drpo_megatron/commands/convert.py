@@ -9,10 +9,13 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from drpo_megatron.commands import BadInput, RunFailed
 from drpo_megatron.conversion.read_ahead import read_ahead
+
+if TYPE_CHECKING:
+    from drpo_megatron.conversion.verify import Verification
 
 _HELP = """\
 Convert checkpoints between Hugging Face and Megatron. Tensors are streamed: memory stays at a few times the largest
@@ -27,6 +30,9 @@ examples:
 """
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _PROMPT = "Twelve and thirty make forty-two; seven times eight is"
+_EXPERTS = "a tensor for each expert, or a layer's in two, as transformers 5 holds them; default: as they came"
+_GIVEN_HF = "Hugging Face checkpoint of the same model, for config and tokenizer; default: what --megatron kept of it"
+_ITERATION_FILE = "latest_checkpointed_iteration.txt"
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -45,6 +51,8 @@ def add(commands: Any, style: dict[str, Any]) -> None:
     to_hf.add_argument("--megatron", **megatron)
     to_hf.add_argument("--max-shard-size", type=_num_bytes, metavar="SIZE", help="such as 5GB; default: as it came")
     to_hf.add_argument("--fp8", choices=["block128"], help="quantise to FP8 in blocks of 128 x 128, as SGLang loads it")
+    to_hf.add_argument("--experts", choices=["apart", "fused"], help=_EXPERTS)
+    to_hf.add_argument("--hf", type=Path, metavar="DIR", help=_GIVEN_HF)
     to_hf.set_defaults(run=_to_hf)
 
     for action in (to_megatron, to_hf):
@@ -52,7 +60,9 @@ def add(commands: Any, style: dict[str, Any]) -> None:
         action.add_argument("--dtype", choices=_DTYPES, help="of all weights; default: each keeps its own")
         action.add_argument("--force", action="store_true", help="replace what --out names")
 
-    verify = actions.add_parser("verify", help="compare every tensor of two checkpoints, bit by bit", **style)
+    verify = actions.add_parser(
+        "verify", help="compare every tensor of two checkpoints, bit by bit, and config.json", **style
+    )
     verify.add_argument("--hf", **hf)
     verify.add_argument("--megatron", **megatron)
     verify.add_argument("--logits", action="store_true", help="also compare both models' logits on a prompt")
@@ -85,6 +95,8 @@ def _to_hf(args: argparse.Namespace) -> None:
             dtype=_dtype(args.dtype),
             max_shard_bytes=args.max_shard_size,
             fp8=args.fp8 is not None,
+            experts=args.experts,
+            hf=args.hf,
             force=args.force,
         )
 
@@ -97,10 +109,20 @@ def _verify(args: argparse.Namespace) -> None:
         result = verify(args.hf, megatron)
     cast = f", {result.num_cast} of them after a cast" if result.num_cast else ""
     print(f"{result.num_tensors - len(result.differences)} of {result.num_tensors} tensors are equal{cast}")
-    if result.differences:
-        raise RunFailed(f"{len(result.differences)} tensors differ:\n  " + "\n  ".join(result.differences))
+    print(_about_config(result))
+    if result.differences or result.config_differences:
+        found = [f"{len(result.differences)} tensors differ:", *result.differences] if result.differences else []
+        if keys := result.config_differences:
+            found += [f"{len(keys)} keys of config.json differ:", *keys]
+        raise RunFailed("\n  ".join(found))
     if args.logits:
         _verify_logits(args, megatron)
+
+
+def _about_config(result: Verification) -> str:
+    if not result.has_config:
+        return "the Megatron checkpoint has no config.json to compare, and no tensors that aren't trained"
+    return "config.json differs" if result.config_differences else "config.json says the same"
 
 
 def _verify_logits(args: argparse.Namespace, megatron: Path) -> None:
@@ -128,12 +150,18 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def megatron_files(directory: Path) -> Path:
-    """Where the Megatron files are: here, in `trainer/` of a run's step, or in the newest step of a run."""
+    """Where the Megatron files are: here, in `trainer/` of a run's step, in the newest step of a run, or in the
+    iteration that Megatron-LM calls the latest."""
     if (directory / "checkpoints").is_dir():
         steps = sorted(path for path in (directory / "checkpoints").glob("step_*") if (path / "driver.json").is_file())
         if not steps:
             raise ValueError(f"{directory} is a run without a complete checkpoint")
         directory = steps[-1]
+    if (latest := directory / _ITERATION_FILE).is_file():
+        iteration = latest.read_text(encoding="utf-8", errors="replace").strip()
+        if not re.fullmatch(r"\d{1,12}|release", iteration):
+            raise ValueError(f"{latest} holds {iteration[:40]!r}, not the number of an iteration")
+        directory = directory / (iteration if iteration == "release" else f"iter_{int(iteration):07d}")
     return directory / "trainer" if (directory / "trainer").is_dir() else directory
 
 

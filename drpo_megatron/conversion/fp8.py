@@ -22,6 +22,7 @@ from drpo_megatron.precision.rollout import RolloutPrecision
 
 BLOCK = 128
 SCALE_SUFFIX = ".weight_scale_inv"
+_NESTED = "model.language_model."
 
 
 def server_flags(hf_path: str | Path, section: PrecisionSection) -> list[str]:
@@ -48,11 +49,32 @@ def quantised_infos(name: str, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
 
 def quantization_config(names: Iterable[str], quantised: Collection[str]) -> dict[str, Any]:
     """What config.json says of it. `names`: all tensors before quantisation."""
-    kept = sorted({name.rpartition(".")[0] or name for name in names if name not in quantised})
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": kept,
+        "modules_to_not_convert": unquantised_modules(names, quantised),
     }
+
+
+def unquantised_modules(names: Iterable[str], quantised: Collection[str]) -> list[str]:
+    """The modules that readers shall build without FP8: the largest that hold weights and not one in FP8.
+
+    Readers take a name for the module and all that it holds, so a module with an FP8 matrix anywhere in it is never
+    named: neither for a bias beside that matrix, nor for a parameter of its own such as a delta net's A_log.
+    """
+    holds_fp8 = {module for name in quantised for module in _modules(name)}
+    found = set()
+    for name in names:
+        free = [module for module in _modules(name) if module not in holds_fp8]
+        if name not in quantised and free:
+            found.add(free[-1])
+    # transformers builds the text model of one with vision without the middle of its names.
+    return sorted(found | {name.replace(_NESTED, "model.", 1) for name in found if name.startswith(_NESTED)})
+
+
+def _modules(name: str) -> list[str]:
+    """Those that a tensor lies in, the innermost first."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]

@@ -39,7 +39,8 @@ def inspect(directory: Path) -> Facts:
 
 def _hf(checkpoint: HFCheckpoint) -> Facts:
     layout = FileLayout.of(checkpoint)
-    quantised = checkpoint.config.get("quantization_config", {}).get("quant_method")
+    section = checkpoint.config.get("quantization_config")
+    quantised = section.get("quant_method", "no quant_method") if isinstance(section, dict) else None
     return (
         {"kind": "Hugging Face checkpoint" + (f", quantised ({quantised})" if quantised else "")}
         | _model(checkpoint.config)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from drpo_megatron.checkpoint.model_check import differences
 from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 from drpo_megatron.config import Config
 from drpo_megatron.models import Family, get_family
@@ -63,6 +64,13 @@ class ModelPlan:
         plain = {hf.name for rule in self.rules for hf in rule.hf if hf.slice is None}
         return replace(self, rules=self.family.rules(self.hf_config, plain))
 
+    def stacked(self) -> ModelPlan:
+        """The same model in the names of a checkpoint that holds a layer's experts in two tensors, as transformers does."""
+        assert self.family.stacked_rules is not None
+        return replace(
+            self, rules=self.family.stacked_rules(self.hf_config, [hf.name for r in self.rules for hf in r.hf])
+        )
+
     def extra(self, names: Collection[str]) -> list[str]:
         """Those of the names that belong to no parameter."""
         known = {name for rule in self.rules for name in (*(hf.name for hf in rule.hf), *rule.hf_copies)}
@@ -81,7 +89,7 @@ class ModelPlan:
                         f"misshapen: {key} is {list(checkpoint.shape(key))}, the config says {list(piece.global_shape)}"
                     )
         if problems:
-            raise ValueError(differences(f"{checkpoint.directory} and its config.json", sorted(problems)))
+            raise ValueError(differences(f"{checkpoint.directory} and config.json", problems))
 
     def read(self, checkpoint: TorchDistCheckpoint, rule: Rule) -> tuple[torch.Tensor, ...]:
         """The HF tensors of a rule, in the dtype of the checkpoint."""
@@ -114,11 +122,6 @@ def bare_config(dtype: Literal["fp32", "bf16"] = "fp32") -> Config:
             "reward": {"name": "arithmetic"},
         }
     )
-
-
-def differences(what: str, problems: list[str]) -> str:
-    """One message for all of them."""
-    return f"{what} differ in {len(problems)} points:\n  " + "\n  ".join(problems)
 
 
 def _fits(piece: Piece, shape: tuple[int, ...]) -> bool:

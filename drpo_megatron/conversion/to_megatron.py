@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from drpo_megatron.checkpoint.atomic import new_directory
-from drpo_megatron.checkpoint.hf_files import FOLDER, FileLayout, keep_hf_files
-from drpo_megatron.checkpoint.safetensors_file import TensorInfo
+from drpo_megatron.checkpoint.hf import says_dtype, usual_dtype, with_dtype
+from drpo_megatron.checkpoint.hf_files import FOLDER, keep_hf_files, plain_layout
 from drpo_megatron.checkpoint.torch_dist import Box, Chunk, TorchDistWriter, without_crc32
 from drpo_megatron.conversion.report import progress_bar
 from drpo_megatron.conversion.source import HFSource
@@ -58,13 +57,14 @@ def hf_to_megatron(
     parts = _parts(source, dtype)
     groups = _groups(parts)
     sizes = [sum(part.chunk.num_bytes for part in group) for group in groups]
-    kept_bytes = sum(source.info(name).num_bytes for name in source.untrained)
+    kept_bytes = source.checkpoint.other_files().num_bytes
+    kept_bytes += sum(source.info(name).num_bytes for name in source.untrained)
     with new_directory(out, num_bytes=sum(sizes) + kept_bytes, force=force, source=hf) as scratch:
         keep_hf_files(
-            source.checkpoint,
+            source.stored,
             scratch / FOLDER,
-            _layout(source, dtype),
-            with_dtype(source.config, dtype),
+            plain_layout(source.stored, dtype, source.untrained),
+            with_dtype(source.config, dtype or _new_dtype(source)),
             source.untrained,
         )
         writer = TorchDistWriter(scratch, [[part.chunk for part in group] for group in groups])
@@ -92,14 +92,14 @@ class _Values:
     def __call__(self, box: Box) -> torch.Tensor:
         part = self._parts[box]
         if part.same is not None:
-            return self._source.get(part.same).to(part.dtype).view(box.size)
+            return self._source.get(part.same, part.dtype).view(box.size)
         if part.rule is not self._rule:
             self._rule, self._parameter = part.rule, torch.empty(0)  # The last one goes before the next one comes.
             self._parameter = self._build(part)
         return part.piece.of(self._parameter)
 
     def _build(self, part: _Part) -> torch.Tensor:
-        tensors = [self._source.get(hf).to(part.dtype) for hf in part.rule.hf]
+        tensors = [self._source.get(hf, part.dtype) for hf in part.rule.hf]
         shape = self._source.model.parameter(part.rule).shape
         return part.rule.layout.shard(tensors, 0, 1, shape).contiguous()
 
@@ -139,24 +139,9 @@ def _num_bytes_needed(source: HFSource, group: Sequence[_Part]) -> int:
     return max(3 * math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
-def _layout(source: HFSource, dtype: torch.dtype | None) -> FileLayout:
-    """The source's files after the conversion."""
-
-    def expand(name: str) -> dict[str, TensorInfo]:
-        if name in source.scales:
-            return {}
-        info = source.info(name)
-        return {name: info if dtype is None or name in source.untrained else TensorInfo(dtype, info.shape)}
-
-    return FileLayout.of(source.checkpoint).rebuilt(expand)
-
-
-def with_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """config.json that says so, in the key that it has for it."""
-    if dtype is None:
-        return config
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    changed = config | dict.fromkeys(keys, str(dtype).removeprefix("torch."))
-    if "text_config" in config:
-        changed["text_config"] = with_dtype(config["text_config"], dtype)
-    return changed
+def _new_dtype(source: HFSource) -> torch.dtype | None:
+    """What config.json has to say of weights that were FP8. None: nothing was, and it stays as it is."""
+    if not source.stored.num_quantised:
+        return None
+    usual = usual_dtype(source.info(name) for name in source.names)
+    return None if says_dtype(source.config, usual) else usual

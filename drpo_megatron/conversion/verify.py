@@ -1,11 +1,14 @@
-"""Whether two checkpoints hold the same weights: every tensor is read from both sides and compared bit by bit."""
+"""Whether two checkpoints hold the same model: every tensor is read from both sides as what its numbers mean (FP8 times
+its scales) and compared bit by bit, and config.json is compared key by key."""
 
 from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +19,8 @@ from drpo_megatron.conversion.source import HFSource
 from drpo_megatron.conversion.workers import run_tasks
 from drpo_megatron.models.rules import Rule
 
+_NOT_COMPARED = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "quantization_config")
+
 
 @dataclass(frozen=True, slots=True)
 class Verification:
@@ -24,6 +29,10 @@ class Verification:
     """Tensors that are equal after a cast: the two sides have different dtypes."""
     differences: list[str]
     """One line for every tensor that differs."""
+    config_differences: list[str]
+    """One line for every key of config.json that differs."""
+    has_config: bool = True
+    """Whether the Megatron checkpoint has a config.json to compare."""
 
 
 def verify(hf: Path, megatron: Path) -> Verification:
@@ -38,11 +47,11 @@ def verify(hf: Path, megatron: Path) -> Verification:
     def compare(rule: Rule) -> None:
         nonlocal num_cast
         for tensor, theirs in zip(rule.hf, source.model.read(checkpoint, rule), strict=True):
-            ours = source.get(tensor)
-            found = _difference(ours.to(theirs.dtype), theirs)
+            ours = source.get(tensor, theirs.dtype)
+            found = _difference(ours, theirs)
             name = tensor.name if tensor.slice is None else f"{tensor.name}[{tensor.slice.index}]"
             with lock:
-                num_cast += found is None and ours.dtype != theirs.dtype
+                num_cast += found is None and source.info(tensor.name).dtype != theirs.dtype
                 differences.extend([] if found is None else [f"{name}: {found}"])
             advance(ours.nbytes)
 
@@ -52,13 +61,45 @@ def verify(hf: Path, megatron: Path) -> Verification:
     total = sum(source.info(name).num_bytes for name in source.names if name not in source.untrained)
     with progress_bar("verify", total) as advance:
         run_tasks(source.model.rules, compare, num_bytes)
-    if source.untrained:
-        carried = CarriedFiles(megatron / FOLDER)
-        for name in source.untrained:
-            found = _difference(source.checkpoint.get(name), carried.untrained(name))
-            differences.extend([] if found is None else [f"{name}: {found}"])
-    num_tensors = sum(len(rule.hf) for rule in source.model.rules) + len(source.untrained)
-    return Verification(num_tensors, num_cast, sorted(differences))
+    has_config = (megatron / FOLDER).is_dir()
+    carried = CarriedFiles(megatron / FOLDER) if has_config else None
+    untrained = source.untrained if carried is not None else []
+    for name in untrained:
+        assert carried is not None
+        theirs = carried.untrained(name)
+        found = _difference(source.stored.get(name, dtype=theirs.dtype), theirs)
+        num_cast += found is None and source.info(name).dtype != theirs.dtype
+        differences.extend([] if found is None else [f"{name}: {found}"])
+    num_tensors = sum(len(rule.hf) for rule in source.model.rules) + len(untrained)
+    keys = [] if carried is None else config_differences(source.config, carried.config)
+    return Verification(num_tensors, num_cast, sorted(differences), keys, has_config)
+
+
+def config_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """`key: value here, value there`, with all defaults filled in, so that it doesn't matter how a value is written.
+
+    Not compared: the type of the weights, which the tensors themselves tell, how they are quantised, and who wrote it.
+    """
+    here, there = (dict(_flat(_with_defaults(config), "")) for config in (ours, theirs))
+    return [
+        f"config.json: {key} is {here.get(key, 'not there')!r} here, {there.get(key, 'not there')!r} there"
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key) != there.get(key)
+    ]
+
+
+def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).to_dict()
+
+
+def _flat(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif key not in _NOT_COMPARED:
+            yield f"{prefix}{key}", value
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:

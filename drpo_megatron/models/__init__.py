@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from drpo_megatron.models import mixtral, qwen2, qwen3, qwen3_5_moe, qwen3_moe
-from drpo_megatron.models.family import Family, HFConfig, typed_config
+from drpo_megatron.models.family import Family, HFConfig, contradictions, typed_config
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -31,7 +31,8 @@ def get_family(hf_config: HFConfig) -> Family:
     if model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type!r} is not known; the known ones are {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[model_type]
-    if problems := family.unsupported(typed_config(hf_config)):
+    problems = contradictions(hf_config) if is_dict else []
+    if problems := problems + family.unsupported(typed_config(hf_config)):
         raise ValueError(f"{model_type} with settings that are not supported: {'; '.join(problems)}")
     return family
 

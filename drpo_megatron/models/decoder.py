@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
 
 from drpo_megatron.models.family import HFConfig
-from drpo_megatron.models.rules import GateUp, GroupedQKV, HFTensor, Key, Replicated, Rule, Split, Vocabulary
+from drpo_megatron.models.rules import (
+    GateUp,
+    GroupedQKV,
+    HFTensor,
+    Key,
+    Replicated,
+    Rule,
+    Sections,
+    Slice,
+    Split,
+    Vocabulary,
+)
 
 
 def head_dim(config: HFConfig) -> int:
@@ -17,6 +29,8 @@ def head_dim(config: HFConfig) -> int:
 
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 """What most checkpoints call the three matrices of a SwiGLU."""
+STACKED = frozenset({"gate_up_proj", "down_proj"})
+"""What the tensors of stacked experts are called: [E, 2 I, H], gate above up, and [E, H, I]."""
 
 
 def megatron_config(config: HFConfig) -> dict[str, Any]:
@@ -61,17 +75,47 @@ def routed_experts(
     }
 
 
-def unsupported(config: HFConfig) -> list[str]:
-    """Settings that would change the forward pass and that the rules below don't carry."""
+def unsupported(
+    config: HFConfig, *, rotates_partly: bool = False, layer_types: Collection[str] = ("full_attention",)
+) -> list[str]:
+    """Settings that would change the forward pass and that the rules below don't carry.
+
+    Also those that only some of trainer, transformers and SGLang read: pi and mu would be of different models.
+
+    Args:
+        rotates_partly: whether the family's attention rotates a part of each head.
+        layer_types: what a layer may be.
+    """
     rope_type = config.rope_parameters.get("rope_type", "default")
+    rotated = config.rope_parameters.get("partial_rotary_factor")
     window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or []
+    foreign = sorted(set(types) - set(layer_types))
     checks = {
         f"hidden_act={config.hidden_act}: only silu": config.hidden_act != "silu",
         "attention_bias=true: no biases that this setting adds": getattr(config, "attention_bias", False),
         f"sliding_window={window}: only full attention": window is not None,
         f"rope_type={rope_type}: only default": rope_type != "default",
+        f"partial_rotary_factor={rotated}: only 1, which transformers takes it for": (
+            not rotates_partly and rotated not in (None, 1)
+        ),
+        f"layer_types={foreign}: only {' and '.join(layer_types)}": bool(foreign),
+        f"layer_types of {len(types)} layers, num_hidden_layers={config.num_hidden_layers}: one for each": (
+            bool(types) and len(types) != config.num_hidden_layers
+        ),
     }
-    return [problem for problem, present in checks.items() if present]
+    problems = [problem for problem, present in checks.items() if present]
+    return problems + read_by_some(config, {"is_causal": True, "use_mrope": False, "dual_chunk_attention_config": None})
+
+
+def read_by_some(config: HFConfig, harmless: Mapping[str, Any]) -> list[str]:
+    """Keys that only some of trainer, transformers and SGLang read, where they aren't what the others take for granted."""
+    found = {key: getattr(config, key, None) for key in harmless}
+    return [
+        f"{key}={value!r}: only {harmless[key]!r}, because not everything that reads config.json heeds it"
+        for key, value in found.items()
+        if value is not None and value != harmless[key]
+    ]
 
 
 def frozen_router(config: HFConfig, setting: str) -> list[str]:
@@ -131,15 +175,46 @@ def dense_mlp(config: HFConfig, layer: int) -> list[Rule]:
     )
 
 
+def stacked_names(names: Collection[str]) -> frozenset[str]:
+    """Which of STACKED a checkpoint uses: none, both, or down alone (transformers saves gate and up on their own)."""
+    return frozenset(x for x in STACKED if any(name.endswith(f".experts.{x}") for name in names))
+
+
 def moe(
-    config: HFConfig, layer: int, block: str, inner_size: int, matrices: tuple[str, str, str] = GATED_MLP
+    config: HFConfig,
+    layer: int,
+    block: str,
+    inner_size: int,
+    matrices: tuple[str, str, str] = GATED_MLP,
+    stacked: frozenset[str] = frozenset(),
 ) -> list[Rule]:
     """A router and its experts.
 
     Args:
         block: what the checkpoint calls them: its router is `block.gate`, its experts are `block.experts.E`.
         matrices: what it calls an expert's gate, up and down.
+        stacked: those of STACKED that hold all experts of the layer.
     """
+    router, *each = _apart(config, layer, block, inner_size, matrices)
+    if not stacked:
+        return [router, *each]
+    rules = {"gate_up_proj": each[0::2], "down_proj": each[1::2]}
+    for matrix in stacked:
+        name = f"{block}.experts.{matrix}"
+        rules[matrix] = [_slice_of_stack(rule, name, config.num_experts) for rule in rules[matrix]]
+    return [router, *rules["gate_up_proj"], *rules["down_proj"]]
+
+
+def _slice_of_stack(rule: Rule, name: str, count: int) -> Rule:
+    """The rule of one expert's matrix where the checkpoint stacks them, gate above up."""
+    expert = rule.key.expert
+    assert expert is not None
+    rows = [hf.shape[0] for hf in rule.hf]
+    tensor = HFTensor(name, (sum(rows), *rule.hf[0].shape[1:]), Slice(expert, count))
+    return replace(rule, hf=(tensor,), layout=Sections((tuple(rows),)) if len(rows) > 1 else rule.layout)
+
+
+def _apart(config: HFConfig, layer: int, block: str, inner_size: int, matrices: tuple[str, str, str]) -> list[Rule]:
     megatron = f"decoder.layers.{layer}.mlp"
     router = HFTensor(f"{block}.gate.weight", (config.num_experts, config.hidden_size))
     rules = [Rule(Key(f"{megatron}.router.weight"), (router,), Replicated())]

@@ -24,6 +24,9 @@ class Family:
     """In the names of the published checkpoints."""
     rules_of_names: Callable[[HFConfig, Collection[str]], list[Rule]] | None = None
     """Of a family whose checkpoints differ in what they call their tensors: the rules for one that holds these."""
+    stacked_rules: Callable[[HFConfig, Collection[str]], list[Rule]] | None = None
+    """Of a family with experts: the rules for a checkpoint that looks like these names, but holds a layer's experts in
+    two tensors, as transformers 5 does."""
     ignored: tuple[str, ...] = ()
     """Beginnings of the names of tensors that are no parameters of ours: not loaded, copied by an export."""
 
@@ -66,3 +69,30 @@ def typed_config(hf_config: HFConfig) -> HFConfig:
 
         hf_config = CONFIG_MAPPING[hf_config["model_type"]].from_dict(dict(hf_config))
     return hf_config.get_text_config()
+
+
+def contradictions(config: Mapping[str, Any]) -> list[str]:
+    """What config.json says twice, and not the same: which of the two counts depends on who reads it."""
+    text = config.get("text_config")
+    parts = [config, text] if isinstance(text, Mapping) else [config]
+    problems = []
+    for part in parts:
+        ropes = {key: part[key] for key in ("rope_parameters", "rope_scaling") if isinstance(part.get(key), Mapping)}
+        for key in ("rope_theta", "partial_rotary_factor"):
+            said = {key: part[key]} if part.get(key) is not None else {}
+            said |= {f"{name}.{key}": rope[key] for name, rope in ropes.items() if rope.get(key) is not None}
+            problems += _unequal(said)
+        problems += _unequal(
+            {key: part[key] for key in ("num_experts", "num_local_experts") if part.get(key) is not None}
+        )
+        problems += _unequal({key: rope.get("rope_type", rope.get("type")) for key, rope in ropes.items()})
+    if isinstance(text, Mapping):  # One ties the model with vision, the other the text model that is trained.
+        ties = {"tie_word_embeddings": config, "text_config.tie_word_embeddings": text}
+        problems += _unequal({name: bool(part.get("tie_word_embeddings", False)) for name, part in ties.items()})
+    return problems
+
+
+def _unequal(said: Mapping[str, Any]) -> list[str]:
+    if len({repr(float(v)) if isinstance(v, (int, float)) else repr(v) for v in said.values()}) < 2:
+        return []
+    return [f"{' but '.join(f'{key}={value}' for key, value in said.items())}: they must be equal"]

@@ -14,11 +14,10 @@ from typing import Any
 
 from drpo_megatron.models import decoder
 from drpo_megatron.models.family import Family, HFConfig
-from drpo_megatron.models.rules import GatedQKV, HFTensor, Key, Replicated, Rule, Sections, Slice, Split
+from drpo_megatron.models.rules import GatedQKV, HFTensor, Key, Replicated, Rule, Sections, Split
 
 NESTED, ALONE = "model.language_model", "model"
-STACKED = frozenset({"gate_up_proj", "down_proj"})
-"""What stacked experts are called."""
+IGNORED = ("model.visual.", "mtp.")
 
 
 def is_linear_layer(config: HFConfig, layer: int) -> bool:
@@ -48,17 +47,40 @@ def megatron_config(config: HFConfig) -> dict[str, Any]:
 
 
 def unsupported(config: HFConfig) -> list[str]:
-    return [*decoder.unsupported(config), *decoder.frozen_router(config, "renormalised top-k")]
+    interval = getattr(config, "full_attention_interval", None)
+    problems = decoder.unsupported(config, rotates_partly=True, layer_types=("linear_attention", "full_attention"))
+    problems += decoder.frozen_router(config, "renormalised top-k")
+    problems += decoder.read_by_some(
+        config, {"attn_output_gate": True, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    )
+    if (gate := getattr(config, "output_gate_type", None)) not in (None, "swish", "silu"):
+        problems.append(f"output_gate_type={gate!r}: only swish, which is all that transformers knows")
+    if interval and [int(is_linear_layer(config, i)) for i in range(config.num_hidden_layers)] != [
+        int((i + 1) % interval != 0) for i in range(config.num_hidden_layers)
+    ]:
+        problems.append(
+            f"full_attention_interval={interval} contradicts layer_types: SGLang reads the first, transformers the second"
+        )
+    return problems
 
 
 def rules_of_names(config: HFConfig, names: Collection[str]) -> list[Rule]:
     """The rules in the names that a checkpoint uses."""
-    model = NESTED if any(name.startswith(f"{NESTED}.") for name in names) else ALONE
-    return _rules(config, model, frozenset(x for x in STACKED if any(name.endswith(f".experts.{x}") for name in names)))
+    # Multi-token prediction has experts of its own, in a layout of its own.
+    ours = [name for name in names if not name.startswith(IGNORED)]
+    return _rules(config, _model(names), decoder.stacked_names(ours))
+
+
+def stacked_rules(config: HFConfig, names: Collection[str]) -> list[Rule]:
+    return _rules(config, _model(names), decoder.STACKED)
+
+
+def _model(names: Collection[str]) -> str:
+    return NESTED if any(name.startswith(f"{NESTED}.") for name in names) else ALONE
 
 
 def published_rules(config: HFConfig) -> list[Rule]:
-    return _rules(config, NESTED, STACKED)
+    return _rules(config, NESTED, decoder.STACKED)
 
 
 def transformers_rules(config: HFConfig) -> list[Rule]:
@@ -76,7 +98,7 @@ def _rules(config: HFConfig, model: str, stacked: frozenset[str]) -> list[Rule]:
             decoder.norm(f"{megatron}.input_layernorm.weight", f"{hf}.input_layernorm.weight", hidden),
             *mixer(config, f"{megatron}.self_attention", hf),
             decoder.norm(f"{megatron}.pre_mlp_layernorm.weight", f"{hf}.post_attention_layernorm.weight", hidden),
-            *_experts(config, layer, f"{hf}.mlp", stacked),
+            *decoder.moe(config, layer, f"{hf}.mlp", config.moe_intermediate_size, stacked=stacked),
             *_shared_expert(config, f"{megatron}.mlp.shared_experts", f"{hf}.mlp"),
         ]
     return [decoder.embedding(config, model), *layers, *decoder.final_norm_and_head(config, model)]
@@ -127,23 +149,6 @@ def _delta_net(config: HFConfig, megatron: str, hf: str) -> list[Rule]:
     ]
 
 
-def _experts(config: HFConfig, layer: int, hf: str, stacked: frozenset[str]) -> list[Rule]:
-    router, *each = decoder.moe(config, layer, hf, config.moe_intermediate_size)
-    rules = {"gate_up_proj": each[0::2], "down_proj": each[1::2]}
-    for matrix in stacked:
-        rules[matrix] = [_slice_of_stack(rule, f"{hf}.experts.{matrix}", config.num_experts) for rule in rules[matrix]]
-    return [router, *rules["gate_up_proj"], *rules["down_proj"]]
-
-
-def _slice_of_stack(rule: Rule, name: str, count: int) -> Rule:
-    """The rule of one expert's matrix where the checkpoint stacks them, gate above up."""
-    expert = rule.key.expert
-    assert expert is not None
-    rows = [hf.shape[0] for hf in rule.hf]
-    tensor = HFTensor(name, (sum(rows), *rule.hf[0].shape[1:]), Slice(expert, count))
-    return replace(rule, hf=(tensor,), layout=Sections((tuple(rows),)) if len(rows) > 1 else rule.layout)
-
-
 def _shared_expert(config: HFConfig, megatron: str, hf: str) -> list[Rule]:
     gate = HFTensor(f"{hf}.shared_expert_gate.weight", (1, config.hidden_size))
     inner = config.shared_expert_intermediate_size
@@ -159,6 +164,7 @@ FAMILY = Family(
     megatron_config,
     published_rules,
     rules_of_names,
-    ignored=("model.visual.", "mtp."),
+    stacked_rules,
+    ignored=IGNORED,
 )
 TEXT_FAMILY = replace(FAMILY, model_type="qwen3_5_moe_text", parameter_rules=transformers_rules)

@@ -1,7 +1,12 @@
-"""Qwen3-MoE (Qwen3-30B-A3B, ...): Qwen3's attention; most or all layers route to experts, the rest are dense."""
+"""Qwen3-MoE (Qwen3-30B-A3B, ...): Qwen3's attention; most or all layers route to experts, the rest are dense.
+
+A checkpoint holds each expert on its own (published), or a layer's in two tensors (transformers 5 with
+save_original_format=False).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from drpo_megatron.models import decoder
@@ -34,14 +39,28 @@ def unsupported(config: HFConfig) -> list[str]:
 
 
 def rules(config: HFConfig) -> list[Rule]:
+    return _rules(config, frozenset())
+
+
+def rules_of_names(config: HFConfig, names: Collection[str]) -> list[Rule]:
+    """The rules in the names that a checkpoint uses."""
+    return _rules(config, decoder.stacked_names(names))
+
+
+def stacked_rules(config: HFConfig, names: Collection[str]) -> list[Rule]:
+    return _rules(config, decoder.STACKED)
+
+
+def _rules(config: HFConfig, stacked: frozenset[str]) -> list[Rule]:
     layers: list[Rule] = []
     for layer in range(config.num_hidden_layers):
         layers += decoder.attention(config, layer)
         if is_moe_layer(config, layer):
-            layers += decoder.moe(config, layer, f"model.layers.{layer}.mlp", config.moe_intermediate_size)
+            block = f"model.layers.{layer}.mlp"
+            layers += decoder.moe(config, layer, block, config.moe_intermediate_size, stacked=stacked)
         else:
             layers += decoder.dense_mlp(config, layer)
     return [decoder.embedding(config), *layers, *decoder.final_norm_and_head(config)]
 
 
-FAMILY = Family("qwen3_moe", unsupported, megatron_config, rules)
+FAMILY = Family("qwen3_moe", unsupported, megatron_config, rules, rules_of_names, stacked_rules)

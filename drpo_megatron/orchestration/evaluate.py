@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from drpo_megatron.checkpoint.model_check import require_servable
 from drpo_megatron.config import Config, load_resolved
 from drpo_megatron.config.checks import check_evaluation
 from drpo_megatron.config.sections import TransformersEngineSection
@@ -52,6 +53,7 @@ def evaluate_model(directory: Path, options: EvalOptions, say: Callable[[str], N
     if config.data.heldout is None:
         raise ValueError(f"{directory} was trained without data.heldout; give --prompts FILE")
     check_evaluation(config)
+    require_servable(config.model.hf_path)
     prompts = read_prompts(config.data.heldout, load_tokenizer(config.model.hf_path), config)
     chosen = prompts if options.prompts else prompts[: config.eval.max_prompts]
     if options.out is None:

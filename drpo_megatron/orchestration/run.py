@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from drpo_megatron.checkpoint.hf import HFCheckpoint
+from drpo_megatron.checkpoint.model_check import require_trainable
 from drpo_megatron.config import Config
 from drpo_megatron.data.prompts import PromptStream, read_demonstrations, read_prompts
 from drpo_megatron.data.tokenize import load_tokenizer
 from drpo_megatron.files import write_text
-from drpo_megatron.models import get_family
 from drpo_megatron.orchestration.clock import Clock
 from drpo_megatron.orchestration.cluster import cluster
 from drpo_megatron.orchestration.loop import Loop, RolloutSource
@@ -42,12 +42,14 @@ class Inputs:
     demonstrations: list[Sample]
     precision_notes: list[str]
     """What is emulated, and what else one should know of the precision."""
+    model_notes: list[str]
+    """Files beside the weights that the run's export will not hold."""
 
 
 def read_inputs(config: Config) -> Inputs:
     """Prompts and demonstrations, tokenised, after a look at the checkpoint. ValueError names file and line."""
+    model_notes = require_trainable(config.model.hf_path, engine=config.rollout.engine.name)
     hf_config = HFCheckpoint(config.model.hf_path).config
-    get_family(hf_config)
     # On a cluster of somebody else's, this machine says nothing about those of the trainer.
     hardware = find_hardware(config.trainer.backend) if config.cluster.ray_address is None else None
     precision_notes = check_precision(config, hf_config, hardware)
@@ -69,6 +71,7 @@ def read_inputs(config: Config) -> Inputs:
         heldout=heldout,
         demonstrations=read_demonstrations(config.warmup.data, tokenizer, config) if config.warmup else [],
         precision_notes=precision_notes,
+        model_notes=model_notes,
     )
 
 
@@ -80,7 +83,7 @@ def train(config: Config, inputs: Inputs, run: RunDirectory, say: Say) -> dict[s
     """
     checkpoint, clock = run.latest_checkpoint(config, say), Clock()
     say(f"continuing {run.path} after {checkpoint}" if checkpoint else f"run directory: {run.path}")
-    for note in inputs.precision_notes:
+    for note in (*inputs.precision_notes, *inputs.model_notes):
         say(f"note: {note}")
     with cluster(config, run.logs, clock, say) as workers:
         checkpoint = verified(checkpoint, config, run, workers, say)

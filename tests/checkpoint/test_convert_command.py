@@ -130,8 +130,8 @@ def test_verify_compares_weights_and_logits(source: Path, tmp_path: Path, capsys
     capsys.readouterr()
     prompt = ["--logits", "--prompt", "t1 t2 t3 t4 t5 t6"]
     assert main(["convert", "verify", "--hf", str(source), "--megatron", str(megatron), *prompt]) == 0
-    equal, logits = capsys.readouterr().out.splitlines()
-    assert equal == "45 of 45 tensors are equal"
+    equal, config, logits = capsys.readouterr().out.splitlines()
+    assert (equal, config) == ("45 of 45 tensors are equal", "config.json says the same")
     assert logits.startswith("logits of 6 tokens differ by ") and logits.endswith(
         "of the largest (limit 0.0001 in fp32)"
     )
