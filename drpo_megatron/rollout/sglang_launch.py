@@ -6,20 +6,30 @@ It imports nothing of this package, and SGLang only after the environment is set
 however that ends: the kernel kills it (PR_SET_PDEATHSIG), and SGLang's own processes kill themselves after it.
 
 Without a GPU SGLang 0.5.23 has to be told three things before it is imported. Processes that it spawns run the top of
-this file again, as `__mp_main__`, and so are told, too.
+this file again, as `__mp_main__`, and so are told, too. What an installation has of its own stays as it is: torchvision's
+operators exist where its library loads (beside the public torch, which has CUDA, but not beside a bare CPU build), and
+`sgl_kernel` where a build of it can be imported.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib.util
 import os
 import signal
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
 _PR_SET_PDEATHSIG = 1
 _MAX_CPU_RANKS = 64
+_TORCHVISION_OPERATORS = {
+    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
+"""That torchvision's Python part, which SGLang imports, expects to exist. Nothing calls them here."""
 
 
 class _NoKernels(ModuleType):
@@ -40,19 +50,40 @@ def _prepare_cpu() -> Any:
     # Cores of each rank. Otherwise it refuses more ranks than the machine has NUMA nodes.
     all_cores = f"0-{(os.cpu_count() or 1) - 1}"
     os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join([all_cores] * _MAX_CPU_RANKS))
-    import torch
-
-    # torchvision's own library is built for CUDA and can't be loaded beside a CPU torch; SGLang imports its Python part.
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    sys.modules["sgl_kernel"] = _NoKernels("sgl_kernel")
+    library = add_torchvision_operators()
+    add_kernels()
     if "--enable-return-routed-experts" in sys.argv:
         # It pins host memory by CUDA whether there is CUDA or not.
         import sglang.srt.mem_cache.pool_host.common as pool
 
         pool._cuda_host_register = lambda *args, **kwargs: None
     return library
+
+
+def add_torchvision_operators() -> Any:
+    """Define those that torchvision's own library doesn't bring. They exist as long as what is returned does."""
+    import torch
+
+    package = importlib.util.find_spec("torchvision")
+    for directory in (package.submodule_search_locations if package else None) or ():
+        for compiled in sorted(Path(directory).glob("_C*.so")):
+            with contextlib.suppress(OSError):  # Built for CUDA, beside a torch without.
+                torch.ops.load_library(compiled)
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name, schema in _TORCHVISION_OPERATORS.items():
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(schema)
+    return library
+
+
+def add_kernels() -> None:
+    """A stand-in for `sgl_kernel`, unless one is installed that loads on this machine."""
+    try:
+        import sgl_kernel  # noqa: F401
+    except Exception:  # Whatever a build for another machine raises: ImportError, OSError, RuntimeError of its own.
+        for name in [name for name in sys.modules if name.partition(".")[0] == "sgl_kernel"]:
+            del sys.modules[name]
+        sys.modules["sgl_kernel"] = _NoKernels("sgl_kernel")
 
 
 def _die_with(parent_pid: int) -> None:
