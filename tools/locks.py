@@ -37,7 +37,7 @@ SOURCE_ONLY = "transformer-engine-torch"
 # Imported by a server on a CPU. SGLang's own list has CUDA packages by the dozen, which it never imports there.
 SGLANG_CPU = (
     "transformers==5.19.0 xgrammar==0.2.7 aiohttp apache-tvm-ffi compressed-tensors dill einops fastapi gguf hf-xet "
-    "huggingface_hub interegular IPython loguru msgspec numpy openai==2.8.0 openai-harmony==0.0.4 orjson packaging "
+    "huggingface_hub interegular IPython jsonschema loguru msgspec numpy openai==2.8.0 openai-harmony==0.0.4 orjson packaging "
     "partial_json_parser pillow prometheus-client psutil pybase64 pydantic python-multipart pyzmq requests safetensors "
     "sentencepiece setproctitle soundfile tiktoken tqdm uvicorn uvloop watchfiles xxhash zstandard setuptools"
 ).split()
