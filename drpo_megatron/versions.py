@@ -17,7 +17,7 @@ TORCHVISION = "0.28.0"
 """SGLang imports it. Of the release that goes with TORCH."""
 CPU_TORCH_RELEASES = ("2.13", "2.14")
 """Releases (major.minor) that the CPU platform ran its tests with."""
-CPU_MEGATRON = ("0.16.1",)
+CPU_MEGATRON = ("0.16.1", "0.19.2")
 """Megatron-Core versions whose CPU lines (trainer/platform.py) were checked one by one."""
 
 

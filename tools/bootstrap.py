@@ -121,7 +121,8 @@ def gpu():
     """Both environments of a machine with GPUs."""
     if sys.version_info[:2] != (3, 12):
         raise SetupError(
-            "the environments for GPUs are for Python 3.12, this is %s; make gpu PYTHON=python3.12" % _named(sys.executable)
+            "the environments for GPUs are for Python 3.12, this is %s; make gpu PYTHON=python3.12"
+            % _named(sys.executable)
         )
     if shutil.which("nvidia-smi") is None or subprocess.run(["nvidia-smi"], stdout=subprocess.DEVNULL).returncode:
         raise SetupError(

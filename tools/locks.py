@@ -36,11 +36,15 @@ SOURCE_ONLY = "transformer-engine-torch"
 """The one package without wheels: it is compiled against the torch that is there, and resolved by its own Python only."""
 # Imported by a server on a CPU. SGLang's own list has CUDA packages by the dozen, which it never imports there.
 SGLANG_CPU = (
-    "transformers==5.19.0 xgrammar==0.2.7 aiohttp apache-tvm-ffi compressed-tensors dill einops fastapi gguf hf-xet "
-    "huggingface_hub interegular IPython jsonschema loguru msgspec numpy openai==2.8.0 openai-harmony==0.0.4 orjson packaging "
-    "partial_json_parser pillow prometheus-client psutil pybase64 pydantic python-multipart pyzmq requests safetensors "
-    "sentencepiece setproctitle soundfile tiktoken tqdm uvicorn uvloop watchfiles xxhash zstandard setuptools"
-).split()
+    # fmt: off
+    "transformers==5.19.0", "xgrammar==0.2.7", "aiohttp", "apache-tvm-ffi", "compressed-tensors", "dill",
+    "einops", "fastapi", "gguf", "hf-xet", "huggingface_hub", "interegular", "IPython", "jsonschema", "loguru",
+    "msgspec", "numpy", "openai==2.8.0", "openai-harmony==0.0.4", "orjson", "packaging",
+    "partial_json_parser", "pillow", "prometheus-client", "psutil", "pybase64", "pydantic", "python-",
+    "multipart", "pyzmq", "requests", "safetensors", "sentencepiece", "setproctitle", "soundfile", "tiktoken",
+    "tqdm", "uvicorn", "uvloop", "watchfiles", "xxhash", "zstandard", "setuptools",
+    # fmt: on
+)
 _ASK_PIP = """
 import os, sys
 from pip._vendor.packaging import markers

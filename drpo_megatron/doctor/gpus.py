@@ -22,6 +22,11 @@ _BUSY_MIB = 1024
 _INFINIBAND = Path("/sys/class/infiniband")
 
 
+def has_gpus() -> bool:
+    """Whether the driver lists any, whatever torch can make of them."""
+    return bool((_ask("nvidia-smi", "--list-gpus") or "").strip())
+
+
 def check_gpus() -> Iterator[Finding]:
     table = _ask("nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits")
     if table is None:

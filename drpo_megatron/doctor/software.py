@@ -1,12 +1,14 @@
-"""Packages: are they there, are they the ones that were meant, and do they go together."""
+"""Packages: are they there, do they import, are they the ones that were meant, and do they go together."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,21 +16,29 @@ import torch
 from packaging.requirements import Requirement
 
 from drpo_megatron.doctor.finding import Finding, fail, ok, warn
+from drpo_megatron.doctor.gpus import has_gpus
+from drpo_megatron.versions import PYTHONS, SGLANG, STACKS
 
-CHECKED_SGLANG = "0.5.23"
-"""The version whose server the weight sync was tested against."""
 _SHOWN = ("megatron-core", "ray", "transformers", "safetensors")
 _APEX_EXTENSIONS = ("amp_C", "fused_layer_norm_cuda")
 """Of NVIDIA's apex: CUDA extensions that lie beside the package. The unrelated one has none."""
-_ASK_SGLANG = (
-    "import json, importlib.metadata as m; "
-    "print(json.dumps({name: m.version(name) for name in ('sglang', 'torch', 'transformers')}))"
-)
+_ASK_SGLANG = """
+import importlib.metadata, json, sglang, torch
+cuda = torch.version.cuda
+nccl = ".".join(map(str, torch.cuda.nccl.version())) if cuda else None
+versions = {name: importlib.metadata.version(name) for name in ("sglang", "torch", "transformers")}
+print(json.dumps({"versions": versions, "cuda": cuda, "nccl": nccl}))
+"""
+_IMPORT_TRANSFORMER_ENGINE = "import transformer_engine.pytorch"
 
 
 def check_requirements() -> Iterator[Finding]:
     """The package's own list of what it needs, against what is installed."""
-    yield ok("python", platform.python_version())
+    python = platform.python_version()
+    if python.rpartition(".")[0] in PYTHONS:
+        yield ok("python", python)
+    else:
+        yield warn("python", python, f"nothing was run with it; the locks are for {', '.join(PYTHONS)}")
     wrong = []
     for text in importlib.metadata.requires("drpo_megatron") or []:
         requirement = Requirement(text)
@@ -49,47 +59,86 @@ def check_requirements() -> Iterator[Finding]:
 def check_torch() -> Iterator[Finding]:
     """torch, its CUDA and NCCL, and on a CPU whether Megatron-Core's CPU lines were checked with these versions."""
     if torch.version.cuda is None:
-        from drpo_megatron.trainer.platform import check_cpu_versions
-
         yield ok("torch", torch.__version__, "built without CUDA: trains on gloo ranks")
-        try:
-            check_cpu_versions()
-        except ValueError as error:
-            yield fail("cpu platform", str(error).partition(";")[0], str(error).partition("; ")[2])
-        else:
-            yield ok("cpu platform", "these versions of torch and megatron-core were checked")
+        yield from _check_cpu_platform()
         return
     yield ok("torch", torch.__version__, f"CUDA {torch.version.cuda}")
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        yield ok("cuda", torch.version.cuda)
+        yield ok("nccl", nccl_version() or "missing")
+        yield from _check_stack()
+    elif os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        yield ok("cuda", "no device", "CUDA_VISIBLE_DEVICES is empty: trains on gloo ranks")
+        yield from _check_cpu_platform()
+    elif has_gpus():
         yield fail(
             "cuda",
-            f"torch has CUDA {torch.version.cuda}, but finds no device",
-            "look at nvidia-smi: no driver, one too old for this CUDA, or no GPU given to this job (srun --gpus)",
+            f"nvidia-smi lists GPUs, but torch, which has CUDA {torch.version.cuda}, can use none",
+            "a driver too old for this CUDA (nvidia-smi prints the newest it takes), or no GPU given to this job "
+            "(srun --gpus); to train on the CPU all the same: trainer.backend=cpu",
         )
-        return
-    yield ok("cuda", torch.version.cuda)
-    yield ok("nccl", ".".join(map(str, torch.cuda.nccl.version())))
+    else:
+        yield ok("cuda", "no device", "this machine has no GPU: trains on gloo ranks")
+        yield from _check_cpu_platform()
+
+
+def _check_cpu_platform() -> Iterator[Finding]:
+    from drpo_megatron.trainer.platform import check_cpu_versions
+
+    try:
+        check_cpu_versions()
+    except ValueError as error:
+        yield fail("cpu platform", str(error).partition(";")[0], str(error).partition("; ")[2])
+    else:
+        yield ok("cpu platform", "these versions of torch and megatron-core were checked")
+
+
+def _check_stack() -> Iterator[Finding]:
+    """Are these versions a row of the table of what fits together?"""
+    found = (torch.__version__.partition("+")[0], _installed("megatron-core"), _installed("transformer-engine"))
+    rows = [(row.torch, row.megatron_core, row.transformer_engine) for row in STACKS if row.transformer_engine]
+    named = "torch {}, megatron-core {}, transformer-engine {}"
+    if found in rows:
+        yield ok("versions", named.format(*found))
+    else:
+        yield warn(
+            "versions",
+            named.format(*(version or "missing" for version in found)),
+            f"resolved together, and run on the pretended device: {named.format(*rows[0])} (make gpu)",
+        )
+
+
+def nccl_version() -> str | None:
+    """Of the library that torch is linked to; None without CUDA."""
+    return ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else None
 
 
 def check_transformer_engine() -> Iterator[Finding]:
+    """Whether it imports, by a process of its own: without its torch extension, or built for another torch, it is not
+    there, whatever its metadata say."""
     version = _installed("transformer-engine")
     if version is None:
         if torch.cuda.is_available():
             yield warn(
                 "transformer engine",
                 "missing",
-                "pip install 'drpo_megatron[gpu]'; without it layers are slower and FP8 is emulated",
+                "make gpu, or pip install 'drpo_megatron[gpu]'; without it layers are slower and FP8 is emulated",
             )
         else:
             yield ok("transformer engine", "missing", "not needed on a CPU")
-    elif importlib.util.find_spec("transformer_engine_torch") is None:
-        yield fail(
-            "transformer engine",
-            f"{version}, without its torch extension",
-            "pip install --no-build-isolation 'transformer-engine[pytorch]' with the torch that is installed",
-        )
-    else:
+        return
+    command = [sys.executable, "-c", _IMPORT_TRANSFORMER_ENGINE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode == 0:
         yield ok("transformer engine", version)
+        return
+    reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    judge = fail if torch.cuda.is_available() else warn  # Without a GPU nothing asks for it.
+    yield judge(
+        "transformer engine",
+        f"{version}, which does not import: {reason}",
+        "pip install --no-build-isolation 'transformer-engine[pytorch]' with the torch that is installed",
+    )
 
 
 def check_apex() -> Iterator[Finding]:
@@ -116,17 +165,36 @@ def check_sglang(python: Path) -> Iterator[Finding]:
             "rollout.engine=transformers needs none",
         )
         return
-    asked = subprocess.run([str(python), "-c", _ASK_SGLANG], capture_output=True, text=True, timeout=120)
+    asked = subprocess.run([str(python), "-c", _ASK_SGLANG], capture_output=True, text=True, timeout=300)
     if asked.returncode:
         reason = (asked.stderr.strip().splitlines() or ["no output"])[-1]
-        yield fail("sglang", f"{python}: {reason}", f"install sglang=={CHECKED_SGLANG} into that environment")
+        yield fail("sglang", f"{python}: {reason}", f"install sglang=={SGLANG} into that environment")
         return
-    versions = json.loads(asked.stdout)
-    found = ", ".join(f"{name} {version}" for name, version in versions.items())
-    if versions["sglang"] != CHECKED_SGLANG:
-        yield warn("sglang", found, f"weight sync was tested with {CHECKED_SGLANG}; use it, or test yours first")
+    answer = json.loads(asked.stdout.splitlines()[-1])
+    found = ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
+    if answer["versions"]["sglang"] != SGLANG:
+        yield warn("sglang", found, f"weight sync was tested with {SGLANG}; use it, or test yours first")
     else:
         yield ok("sglang", found)
+    yield from check_communicators(nccl_version(), answer["nccl"])
+
+
+def check_communicators(trainer: str | None, sglang: str | None) -> Iterator[Finding]:
+    """Whether the NCCL of the trainer's torch and that of SGLang's can meet in one communicator, as a broadcast of
+    weights over NCCL needs: both ends have to be of one version."""
+    if trainer is None or sglang is None:
+        return  # A bare CPU build on one side: weights go over gloo.
+    if trainer == sglang:
+        yield ok("nccl of both", trainer)
+    elif torch.cuda.is_available():
+        yield warn(
+            "nccl of both",
+            f"trainer {trainer}, SGLang {sglang}",
+            "they can't share a communicator: rollout.engine.sync=broadcast needs one version on both sides (make gpu "
+            "sets up two environments that have it); tensor and disk don't",
+        )
+    else:
+        yield ok("nccl of both", f"trainer {trainer}, SGLang {sglang}", "of no account without a GPU: gloo is used")
 
 
 def _installed(package: str) -> str | None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils.logging import disable_progress_bar
 
 from drpo_megatron.checkpoint.model_check import require_servable
@@ -21,6 +20,7 @@ from drpo_megatron.rollout.engine import SamplingParams
 from drpo_megatron.rollout.evaluation import EvalResult, ProblemScores, score_prompts, summarise
 from drpo_megatron.rollout.score_file import ScoreFile
 from drpo_megatron.rollout.transformers_engine import TransformersEngine
+from drpo_megatron.trainer.platform import resolve_backend
 from drpo_megatron.types import Prompt
 
 _SAMPLES_AT_ONCE = 256
@@ -79,7 +79,8 @@ def _scores(prompts: Sequence[Prompt], config: Config, at_once: int) -> Iterator
     params = SamplingParams(config.rollout.max_response_tokens, config.eval.temperature)
     scorer = RewardScorer(config.reward)
     try:
-        engine = TransformersEngine(config.model.hf_path, embedded, "cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if resolve_backend(config.trainer.backend) == "gpu" else "cpu"
+        engine = TransformersEngine(config.model.hf_path, embedded, device)
         for start in range(0, len(prompts), at_once):
             portion = prompts[start : start + at_once]
             yield from score_prompts(engine, scorer, portion, config.eval.samples_per_prompt, params, config.run.seed)

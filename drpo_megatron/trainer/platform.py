@@ -24,10 +24,7 @@ from typing import Any, Literal
 import torch
 from torch.overrides import TorchFunctionMode
 
-CHECKED_MEGATRON = ("0.16.1",)
-"""Megatron-Core versions whose CPU lines were checked one by one."""
-CHECKED_TORCH = ("2.13",)
-"""Torch releases (major.minor) the CPU platform ran its tests with."""
+from drpo_megatron.versions import CPU_MEGATRON, CPU_TORCH_RELEASES
 
 _device = torch.device("cpu")
 """What Megatron is told the current CUDA device is, on the CPU platform."""
@@ -106,16 +103,16 @@ def forget_transformer_engine() -> None:
 
 def check_cpu_versions() -> None:
     megatron = importlib.metadata.version("megatron-core")
-    if megatron not in CHECKED_MEGATRON:
+    if megatron not in CPU_MEGATRON:
         raise ValueError(
-            f"the CPU platform was checked with megatron-core {', '.join(CHECKED_MEGATRON)}, but {megatron} is installed; "
-            f"pip install megatron-core=={CHECKED_MEGATRON[-1]}, or train on a GPU, where nothing is patched"
+            f"the CPU platform was checked with megatron-core {', '.join(CPU_MEGATRON)}, but {megatron} is installed; "
+            f"pip install megatron-core=={CPU_MEGATRON[-1]}, or train on a GPU, where nothing is patched"
         )
     release = ".".join(torch.__version__.split(".")[:2])
-    if release not in CHECKED_TORCH:
+    if release not in CPU_TORCH_RELEASES:
         raise ValueError(
-            f"the CPU platform was checked with torch {', '.join(CHECKED_TORCH)}, but {torch.__version__} is installed; "
-            f"pip install 'torch=={CHECKED_TORCH[-1]}.*'"
+            f"the CPU platform was checked with torch {', '.join(CPU_TORCH_RELEASES)}, but {torch.__version__} is installed; "
+            f"pip install 'torch=={CPU_TORCH_RELEASES[-1]}.*'"
         )
 
 

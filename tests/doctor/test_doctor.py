@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from drpo_megatron.cli import main
 from drpo_megatron.doctor import gpus, machine, software
@@ -72,6 +73,61 @@ def test_this_machine_trains_on_its_cpu(tmp_path: Path, capsys: pytest.CaptureFi
         "ok    run directory",
     ):
         assert text in out, out
+
+
+NVIDIA_SMI = """#!/bin/sh
+[ "$1" = --list-gpus ] && echo "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-00000000)"
+"""
+
+
+def put_on_path(directory: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    directory.mkdir(exist_ok=True)
+    (directory / "nvidia-smi").write_text(script)
+    (directory / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_the_public_torch_on_a_machine_without_a_gpu_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    put_on_path(tmp_path / "broken", monkeypatch, "#!/bin/sh\nexit 9\n")  # Its driver isn't loaded.
+    found = by_name(list(software.check_torch()))
+    assert found["cuda"] == Finding("cuda", "ok", "no device", detail="this machine has no GPU: trains on gloo ranks")
+    assert found["cpu platform"].status == "ok"
+
+    put_on_path(tmp_path / "driver", monkeypatch, NVIDIA_SMI)
+    found = by_name(list(software.check_torch()))
+    assert found["cuda"].status == "fail" and "trainer.backend=cpu" in found["cuda"].advice
+    assert "cpu platform" not in found
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = by_name(list(software.check_torch()))
+    assert (found["cuda"].status, found["cpu platform"].status) == ("ok", "ok")
+
+
+def test_transformer_engine_counts_when_it_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metadata alone, which is what a wheel without its torch extension leaves, are not enough."""
+    (tmp_path / "transformer_engine-2.20.2.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: transformer-engine\nVersion: 2.20.2\n"
+    (tmp_path / "transformer_engine-2.20.2.dist-info" / "METADATA").write_text(metadata)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    [finding] = software.check_transformer_engine()
+    assert finding.status == ("fail" if torch.cuda.is_available() else "warn")
+    assert finding.found.startswith("2.20.2, which does not import: ModuleNotFoundError")
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "pytorch.py").write_text("")
+    assert list(software.check_transformer_engine()) == [Finding("transformer engine", "ok", "2.20.2")]
+
+
+def test_environments_whose_nccl_differs_share_no_communicator(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [f.status for f in software.check_communicators("2.30.7", "2.30.7")] == ["ok"]
+    assert list(software.check_communicators(None, "2.30.7")) == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    [finding] = software.check_communicators("2.29.7", "2.30.7")
+    assert finding.status == "warn"
+    assert finding.found == "trainer 2.29.7, SGLang 2.30.7" and "sync=broadcast" in finding.advice
 
 
 def test_one_report_can_not_be_compared() -> None:

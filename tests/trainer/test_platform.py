@@ -32,8 +32,8 @@ def test_optimizers_see_cuda_type_names_only_inside_the_scope() -> None:
 
 
 def test_other_versions_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform.importlib.metadata, "version", lambda name: "0.19.2")
-    with pytest.raises(ValueError, match=r"checked with megatron-core 0\.16\.1, but 0\.19\.2 is installed"):
+    monkeypatch.setattr(platform.importlib.metadata, "version", lambda name: "0.18.2")
+    with pytest.raises(ValueError, match=r"checked with megatron-core 0\.16\.1, 0\.19\.2, but 0\.18\.2 is installed"):
         platform.check_cpu_versions()
 
 
