@@ -115,6 +115,11 @@ class HFCheckpoint:
         return {name: file for file, header in self.headers.items() for name in header.tensors}
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds tensors that `HFCheckpoint` would read."""
+    return (directory / INDEX_FILE).is_file() or (directory / SINGLE_FILE).is_file()
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a checkpoint. ValueError when the directory or the file is missing, or is not JSON."""
     if not directory.is_dir():

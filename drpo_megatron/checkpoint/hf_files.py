@@ -17,8 +17,11 @@ from typing import Any
 import torch
 
 from drpo_megatron.checkpoint.hf import (
+    DEFAULT_SHARD_BYTES,
     INDEX_FILE,
+    SINGLE_FILE,
     HFCheckpoint,
+    has_weights,
     index_text,
     read_config,
     shard_name,
@@ -34,6 +37,7 @@ from drpo_megatron.checkpoint.safetensors_file import (
     write_tensor,
 )
 from drpo_megatron.checkpoint.stored import StoredTensors, require_plain
+from drpo_megatron.models import get_family
 
 FOLDER = "hf"
 TENSORS_FILE = "tensors.json"
@@ -165,16 +169,32 @@ class GivenFiles(HFFiles):
     """Another Hugging Face checkpoint of the same model, for a Megatron checkpoint that has no folder of its own."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises ValueError for a directory that is no whole checkpoint, quantised or not."""
+        """`directory` may also hold no weights at all: config and tokenizer are enough. Raises ValueError for what is
+        no whole checkpoint, or is quantised in a way that nothing here can undo."""
+        self.directory, self.is_trained = directory, True
+        if not has_weights(directory):
+            self.config = read_config(directory)
+            self.layout = _published_layout(self.config)
+            self.others = OtherFiles.of(directory, ()).without_copies(self.layout.tensors)
+            return
         self._stored = StoredTensors(HFCheckpoint(directory))
         checkpoint = self._stored.checkpoint
-        self.directory, self.config, self.is_trained = directory, self._stored.config, True
-        self.layout = plain_layout(self._stored, None, ())
+        self.config, self.layout = self._stored.config, plain_layout(self._stored, None, ())
         self.others = checkpoint.other_files().without_copies(checkpoint.names())
 
     def untrained(self, name: str) -> torch.Tensor:
         """See the base class."""
         return self._stored.get(name)
+
+
+def _published_layout(config: dict[str, Any]) -> FileLayout:
+    """The files of a new checkpoint in the names of the family's published ones; types are those of the weights."""
+    tensors = {
+        hf.name: TensorInfo(torch.bfloat16, hf.stored_shape)
+        for rule in get_family(config).rules(config)
+        for hf in rule.hf
+    }
+    return FileLayout({SINGLE_FILE: Header.build(tensors, {"format": "pt"})}, None).resharded(DEFAULT_SHARD_BYTES)
 
 
 def plain_layout(stored: StoredTensors, dtype: torch.dtype | None, untrained: Collection[str]) -> FileLayout:

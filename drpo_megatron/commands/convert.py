@@ -143,7 +143,8 @@ def _inspect(args: argparse.Namespace) -> None:
     with _bad_input():
         from drpo_megatron.conversion.inspect import inspect
 
-        facts = inspect(args.directory)
+        is_megatron_lm = (args.directory / _ITERATION_FILE).is_file()
+        facts = inspect(megatron_files(args.directory) if is_megatron_lm else args.directory)
     width = max(len(name) for name in facts)
     for name, fact in facts.items():
         print(f"{name:{width}}  {fact}")

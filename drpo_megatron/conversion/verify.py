@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def config_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> li
 def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
     from transformers import CONFIG_MAPPING
 
-    return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).to_dict()
+    return CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(dict(config))).to_dict()
 
 
 def _flat(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

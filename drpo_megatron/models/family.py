@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +68,9 @@ def typed_config(hf_config: HFConfig) -> HFConfig:
     if isinstance(hf_config, Mapping):
         from transformers import CONFIG_MAPPING  # Slow to import, and most callers hold a typed config already.
 
-        hf_config = CONFIG_MAPPING[hf_config["model_type"]].from_dict(dict(hf_config))
+        hf_config = CONFIG_MAPPING[hf_config["model_type"]].from_dict(
+            deepcopy(dict(hf_config))
+        )  # It writes into its argument.
     return hf_config.get_text_config()
 
 
