@@ -1,6 +1,7 @@
 """Statistics that know how they are reduced, and the sinks that receive them.
 
-A metric is made where its data is, as a `Statistic`; micro-batches merge with `merge`, ranks with `reduce_over`.
+A metric is made where its data is, as a `Statistic`, and stays there: on a GPU nothing here waits for the device.
+Micro-batches merge as `PackedStatistics`, two flat tensors; ranks reduce those; `unpack` copies to the host, once.
 Nothing downstream has to guess whether a number is a mean, a sum or a maximum, and masked tokens never enter one.
 """
 
@@ -36,13 +37,12 @@ class Statistic:
 
     @staticmethod
     def mean(values: torch.Tensor, weights: torch.Tensor | None = None) -> Statistic:
+        """What has weight 0 (or False) may be anything, NaN too."""
         values = values.detach().double()
         if weights is None:
-            total, count = values.sum(), torch.tensor(float(values.numel()), device=values.device)
-        else:
-            weights = weights.detach().double()
-            total, count = (values * weights).sum(), weights.sum()
-        return Statistic("mean", torch.stack([total, count.double()]))
+            return Statistic("mean", torch.stack([values.sum(), _count(values)]))
+        weights = weights.detach().double()
+        return Statistic("mean", torch.stack([(_where(weights != 0, values, 0.0) * weights).sum(), weights.sum()]))
 
     @staticmethod
     def ratio(numerator: float, denominator: float) -> Statistic:
@@ -53,12 +53,13 @@ class Statistic:
         return Statistic("sum", torch.as_tensor(values, dtype=torch.float64).detach().sum().reshape(1))
 
     @staticmethod
-    def min(values: torch.Tensor) -> Statistic:
-        return _extreme("min", values)
+    def min(values: torch.Tensor, chosen: torch.Tensor | None = None) -> Statistic:
+        """Of the values that the bool mask `chosen` names; None: of all."""
+        return _extreme("min", values, chosen)
 
     @staticmethod
-    def max(values: torch.Tensor) -> Statistic:
-        return _extreme("max", values)
+    def max(values: torch.Tensor, chosen: torch.Tensor | None = None) -> Statistic:
+        return _extreme("max", values, chosen)
 
     @staticmethod
     def of_quantile(values: torch.Tensor, quantile: float) -> Statistic:
@@ -69,14 +70,13 @@ class Statistic:
         values = values.detach().double().nan_to_num(nan=_HIGHEST).clamp(_LOWEST, _HIGHEST)
         scaled = (values / _LOWEST).log() / math.log(_HIGHEST / _LOWEST)
         bins = (scaled * (NUM_BINS - 1)).round().long()
-        return Statistic("quantile", torch.bincount(bins, minlength=NUM_BINS).double(), quantile)
+        return Statistic("quantile", counted(bins, NUM_BINS), quantile)
 
     @staticmethod
     def effective_share(values: torch.Tensor) -> Statistic:
         """Effective sample size of importance ratios over their number, (sum r)^2 / (N sum r^2): 1 if all are equal."""
         values = values.detach().double()
-        count = torch.tensor(float(values.numel()), dtype=torch.float64, device=values.device)
-        return Statistic("effective_share", torch.stack([values.sum(), values.square().sum(), count]))
+        return Statistic("effective_share", torch.stack([values.sum(), values.square().sum(), _count(values)]))
 
     @staticmethod
     def decibels(signal: torch.Tensor, noise: torch.Tensor) -> Statistic:
@@ -116,11 +116,27 @@ class Statistic:
         return float("nan") if self.kind in ("min", "max") and number in (float("inf"), -float("inf")) else number
 
 
-def _extreme(kind: Literal["min", "max"], values: torch.Tensor) -> Statistic:
+def counted(bins: torch.Tensor, num_bins: int, chosen: torch.Tensor | None = None) -> torch.Tensor:
+    """[num_bins] FP64, how often each bin occurs among `chosen` (bool): torch.bincount makes the host wait for a GPU."""
+    ones = torch.ones_like(bins, dtype=torch.float64) if chosen is None else chosen.double()
+    return ones.new_zeros(num_bins).scatter_add_(0, bins, ones)
+
+
+def _count(values: torch.Tensor) -> torch.Tensor:
+    return values.new_full((), float(values.numel()))
+
+
+def _where(chosen: torch.Tensor, values: torch.Tensor, otherwise: float) -> torch.Tensor:
+    return torch.where(chosen, values, values.new_full((), otherwise))
+
+
+def _extreme(kind: Literal["min", "max"], values: torch.Tensor, chosen: torch.Tensor | None) -> Statistic:
     values = values.detach().double()
+    neutral = float("inf") if kind == "min" else -float("inf")
     if values.numel() == 0:
-        neutral = float("inf") if kind == "min" else -float("inf")
-        return Statistic(kind, torch.tensor([neutral], dtype=torch.float64, device=values.device))
+        return Statistic(kind, values.new_full((1,), neutral))
+    if chosen is not None:
+        values = _where(chosen, values, neutral)
     return Statistic(kind, (values.min() if kind == "min" else values.max()).reshape(1))
 
 
@@ -133,21 +149,66 @@ def merge_all(parts: Iterable[Mapping[str, Statistic]]) -> dict[str, Statistic]:
     return merged
 
 
-def reduce_over(statistics: Mapping[str, Statistic], group: dist.ProcessGroup | None) -> dict[str, Statistic]:
-    """The same statistics over every rank of `group`, by one sum and one max all-reduce. All ranks give equal names."""
-    if group is None or dist.get_world_size(group) == 1 or not statistics:
-        return dict(statistics)
-    names = sorted(statistics)
-    summed = [n for n in names if statistics[n].kind not in ("min", "max")]
-    extremes = [n for n in names if statistics[n].kind in ("min", "max")]
-    reduced: dict[str, Statistic] = {}
-    for chosen, op in ((summed, dist.ReduceOp.SUM), (extremes, dist.ReduceOp.MAX)):
-        if not chosen:
-            continue
-        parts = [-statistics[n].data if statistics[n].kind == "min" else statistics[n].data for n in chosen]
-        flat = torch.cat(parts)
-        dist.all_reduce(flat, op=op, group=group)
-        for name, piece in zip(chosen, flat.split([p.numel() for p in parts]), strict=True):
-            was = statistics[name]
-            reduced[name] = Statistic(was.kind, -piece if was.kind == "min" else piece, was.quantile)
-    return reduced
+@dataclass(frozen=True, slots=True)
+class PackedStatistics:
+    """Statistics of many names as two flat FP64 tensors on one device: what is added up, and what the largest is of."""
+
+    layout: tuple[tuple[str, Kind, float, int], ...]
+    """(name, kind, quantile, numbers), those that are added up first."""
+    sums: torch.Tensor
+    extremes: torch.Tensor
+    """Minima are negated."""
+
+    @staticmethod
+    def of(statistics: Mapping[str, Statistic]) -> PackedStatistics:
+        """At least one. Tensors must share a device."""
+        names = sorted(statistics, key=lambda name: (statistics[name].kind in ("min", "max"), name))
+        layout = tuple(
+            (name, statistics[name].kind, statistics[name].quantile, statistics[name].data.numel()) for name in names
+        )
+        summed = [statistics[name].data for name, kind, *_ in layout if kind not in ("min", "max")]
+        extremes = [
+            -statistics[name].data if kind == "min" else statistics[name].data
+            for name, kind, *_ in layout
+            if kind in ("min", "max")
+        ]
+        nothing = next(iter(statistics.values())).data.new_empty(0)
+        return PackedStatistics(layout, torch.cat([nothing, *summed]), torch.cat([nothing, *extremes]))
+
+    def merge(self, other: PackedStatistics) -> PackedStatistics:
+        """Raises: ValueError for different names: micro-batches give the same, and empty ones where they have no token."""
+        if self.layout != other.layout:
+            names = {name for name, *_ in self.layout} ^ {name for name, *_ in other.layout}
+            raise ValueError(f"statistics of different names or kinds can't be merged: {sorted(names)}")
+        return PackedStatistics(self.layout, self.sums + other.sums, torch.maximum(self.extremes, other.extremes))
+
+    def reduce_over(self, group: dist.ProcessGroup) -> PackedStatistics:
+        """Over every rank of `group`, by one sum and one max all-reduce. All ranks give equal names.
+
+        The tensors must be where the group's backend takes them: on the GPU for NCCL.
+        """
+        if dist.get_world_size(group) == 1:
+            return self
+        sums, extremes = self.sums.clone(), self.extremes.clone()
+        for flat, op in ((sums, dist.ReduceOp.SUM), (extremes, dist.ReduceOp.MAX)):
+            if flat.numel():
+                dist.all_reduce(flat, op=op, group=group)
+        return PackedStatistics(self.layout, sums, extremes)
+
+    def unpack(self) -> dict[str, Statistic]:
+        """On the host, in one copy."""
+        pieces = torch.cat([self.sums, self.extremes]).cpu().split([numbers for *_, numbers in self.layout])
+        return {
+            name: Statistic(kind, -piece if kind == "min" else piece, quantile)
+            for (name, kind, quantile, _), piece in zip(self.layout, pieces, strict=True)
+        }
+
+
+def reduce_over(statistics: Mapping[str, Statistic], *groups: dist.ProcessGroup) -> dict[str, Statistic]:
+    """The same statistics over every rank of the groups, one after another; the result is on the host."""
+    if not statistics:
+        return {}
+    packed = PackedStatistics.of(statistics)
+    for group in groups:
+        packed = packed.reduce_over(group)
+    return packed.unpack()

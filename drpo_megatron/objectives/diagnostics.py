@@ -34,18 +34,17 @@ def policy_statistics(
         >>> policy_statistics(inputs=i, outputs=o, delta=0.15)["objective/beyond_boundary_share"].value()
         0.014
     """
-    acts = inputs.advantages != 0
-    weight = outputs.weight[acts]
+    acts, weight = inputs.advantages != 0, outputs.weight
     statistics = {
-        "objective/weight/min": Statistic.min(weight),
-        "objective/weight/mean": Statistic.mean(weight),
-        "objective/weight/max": Statistic.max(weight),
-        "objective/beyond_boundary_share": Statistic.mean(weight < 0),
-        "objective/clipped_share": Statistic.mean(weight == 0),
+        "objective/weight/min": Statistic.min(weight, acts),
+        "objective/weight/mean": Statistic.mean(weight, acts),
+        "objective/weight/max": Statistic.max(weight, acts),
+        "objective/beyond_boundary_share": Statistic.mean(weight < 0, acts),
+        "objective/clipped_share": Statistic.mean(weight == 0, acts),
     }
     if delta is not None:
-        shift = (inputs.logprobs.exp() - inputs.anchor_logprobs.exp())[acts]
-        statistics["objective/outside_trust_region_share"] = Statistic.mean(shift.abs() > delta)
+        shift = inputs.logprobs.exp() - inputs.anchor_logprobs.exp()
+        statistics["objective/outside_trust_region_share"] = Statistic.mean(shift.abs() > delta, acts)
     ratio = log_ratio(inputs).exp()
     statistics |= {
         "policy/ratio/min": Statistic.min(ratio),

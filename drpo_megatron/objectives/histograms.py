@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from drpo_megatron.metrics import Statistic
+from drpo_megatron.metrics import Statistic, counted
 from drpo_megatron.objectives.base import ObjectiveInputs, ObjectiveOutputs
 from drpo_megatron.objectives.ratio import log_ratio
 
@@ -25,18 +25,15 @@ MU_EDGES = (0.01, 0.1, 0.5, 0.9)
 
 def weight_histograms(inputs: ObjectiveInputs, outputs: ObjectiveOutputs) -> dict[str, Statistic]:
     """Statistics of the live tokens of one micro-batch; of the same names, and empty, if there are none."""
-    acts = inputs.advantages != 0
-    weight = outputs.weight[acts]
-    ratio_weight = weight * log_ratio(inputs).exp()[acts]
-    statistics = _shares("objective/weight_share/", weight, WEIGHT_EDGES)
-    statistics |= _shares("objective/ratio_weight_share/", ratio_weight, RATIO_WEIGHT_EDGES)
-    bins = _bins(inputs.behavior_logprobs.exp()[acts], MU_EDGES)
-    is_positive, is_stopped = inputs.advantages[acts] > 0, weight <= 0
-    names = bin_names(MU_EDGES)
-    for sign, chosen in (("positive", is_positive), ("negative", ~is_positive)):
-        totals = torch.bincount(bins[chosen], minlength=len(names))
-        stopped = torch.bincount(bins[chosen & is_stopped], minlength=len(names))
-        for name, pair in zip(names, torch.stack([stopped, totals], dim=1).double(), strict=True):
+    acts, weight = inputs.advantages != 0, outputs.weight
+    statistics = _shares("objective/weight_share/", weight, WEIGHT_EDGES, acts)
+    ratio_weight = weight * log_ratio(inputs).exp()
+    statistics |= _shares("objective/ratio_weight_share/", ratio_weight, RATIO_WEIGHT_EDGES, acts)
+    bins, names = _bins(inputs.behavior_logprobs.exp(), MU_EDGES), bin_names(MU_EDGES)
+    for sign, chosen in (("positive", inputs.advantages > 0), ("negative", inputs.advantages < 0)):
+        totals = counted(bins, len(names), chosen)
+        stopped = counted(bins, len(names), chosen & (weight <= 0))
+        for name, pair in zip(names, torch.stack([stopped, totals], dim=1), strict=True):
             statistics[f"objective/stopped_share/{sign}/mu_{name}"] = Statistic("mean", pair)
     return statistics
 
@@ -47,12 +44,17 @@ def bin_names(edges: Sequence[float]) -> list[str]:
     return [f"below_{edges[0]:g}", *inner, f"above_{edges[-1]:g}"]
 
 
-def _shares(prefix: str, values: torch.Tensor, edges: Sequence[float]) -> dict[str, Statistic]:
+def _shares(prefix: str, values: torch.Tensor, edges: Sequence[float], chosen: torch.Tensor) -> dict[str, Statistic]:
     names = bin_names(edges)
-    counts = torch.bincount(_bins(values, edges), minlength=len(names)).double()
+    counts = counted(_bins(values, edges), len(names), chosen)
     pairs = torch.stack([counts, counts.sum().expand_as(counts)], dim=1)
     return {prefix + name: Statistic("mean", pair) for name, pair in zip(names, pairs, strict=True)}
 
 
 def _bins(values: torch.Tensor, edges: Sequence[float]) -> torch.Tensor:
-    return torch.bucketize(values, torch.tensor(edges, dtype=values.dtype, device=values.device), right=True)
+    """The number of edges at or below each value; NaN is above all. Edges are numbers to compare with, not a tensor: a
+    GPU would have to be sent one."""
+    bins = torch.zeros_like(values, dtype=torch.int64)
+    for edge in edges:
+        bins += ~(values < edge)
+    return bins

@@ -49,7 +49,7 @@ class Place:
     node_id: str
     """Ray's, of the machine."""
     pid: int
-    gpus: tuple[int, ...]
+    gpus: tuple[int | str, ...]
 
 
 class ProcessActor:
@@ -61,7 +61,8 @@ class ProcessActor:
             sys.path.insert(0, working_dir)
 
     def place(self) -> Place:
-        gpus = tuple(int(gpu) for gpu in ray.get_gpu_ids())
+        # Numbers, or UUIDs where CUDA_VISIBLE_DEVICES has them (MIG).
+        gpus = tuple(int(gpu) if str(gpu).isdigit() else str(gpu) for gpu in ray.get_gpu_ids())
         address, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
         name = next(node["NodeName"] for node in ray.nodes() if node["NodeID"] == node_id)
         return Place(socket.gethostname() if name == address else name, address, node_id, os.getpid(), gpus)
@@ -226,7 +227,7 @@ class ServerActor(ProcessActor):
 
     keeper: ServerKeeper | None = None
 
-    def start(self, config: Config, log_file: Path, gpus: Sequence[int]) -> Endpoint:
+    def start(self, config: Config, log_file: Path, gpus: Sequence[int | str]) -> Endpoint:
         """Returns when the server is ready. ServerFailure, with the end of its log, when it does not start."""
         from drpo_megatron.rollout.sglang_server import ServerKeeper, SGLangServer, server_dtype, server_flags
 

@@ -61,7 +61,7 @@ class Process:
     """The answer awaited to the last question whether it lives. Comes as an error when the process dies."""
 
     @property
-    def gpus(self) -> tuple[int, ...]:
+    def gpus(self) -> tuple[int | str, ...]:
         """Of its machine; none on a CPU."""
         return self.place.gpus if self.place else ()
 

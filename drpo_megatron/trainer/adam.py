@@ -26,7 +26,9 @@ class Adam(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         capturable: bool = False,
     ) -> None:
-        assert not capturable, "no CUDA graph holds this optimizer's step, which is counted on the host"
+        """Raises: ValueError for `capturable`, which is for CUDA graphs: `step` is a number of the host."""
+        if capturable:
+            raise ValueError("this Adam can't be captured in a CUDA graph; install Transformer Engine or apex")
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True}
         )
@@ -45,7 +47,7 @@ class Adam(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(param)
                     state["exp_avg_sq"] = torch.zeros_like(param)
             # The kernel counts a step itself, on the tensors it is given.
-            steps = [torch.tensor(float(group["step"] - 1)) for _ in params]
+            steps = [torch.full((), float(group["step"] - 1), device=p.device) for p in params]
             self.update(
                 params,
                 [p.grad for p in params],

@@ -9,6 +9,7 @@ checkpoints stay as they are; with BF16 weights that includes A_log and the norm
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +23,11 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from drpo_megatron.trainer.layers import PackedSequences, RMSNorm, rectangle
 
-# gated_delta_net.py:103 refuses to be built without flash-linear-attention. Without it, ours runs the torch rule.
-gated_delta_net.HAVE_FLA = True
+# gated_delta_net.py:103 refuses to be built without flash-linear-attention. Without it, ours runs the torch rule. In
+# 0.19 gated_delta_net is a package, and who refuses is one of its modules.
+for _base in gated_delta_net.GatedDeltaNet.__mro__:
+    if hasattr(sys.modules[_base.__module__], "HAVE_FLA"):
+        sys.modules[_base.__module__].HAVE_FLA = True  # type: ignore[attr-defined]
 _chunked_rule = gated_delta_net.chunk_gated_delta_rule or gated_delta_net.torch_chunk_gated_delta_rule
 
 

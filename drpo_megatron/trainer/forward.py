@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from drpo_megatron.trainer.layers import PackedSequences
 from drpo_megatron.trainer.routing_replay import RoutingReplay
+from drpo_megatron.trainer.transfer import to_device
 from drpo_megatron.types import PackedBatch
 
 LossFunction = Callable[[PackedBatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Any]]
@@ -44,10 +45,10 @@ def unwrap(model: Any) -> Any:
 
 def hidden_states(model: Any, batch: PackedBatch, device: torch.device) -> torch.Tensor:
     """The forward pass of one model chunk over a packed micro-batch: hidden states [T, 1, H] from the last one."""
-    cu_seqlens = batch.cu_seqlens.to(device)
+    cu_seqlens = to_device(batch.cu_seqlens, device)
     return model(
-        input_ids=batch.input_ids.to(device)[None],
-        position_ids=batch.position_ids.to(device)[None],
+        input_ids=to_device(batch.input_ids, device)[None],
+        position_ids=to_device(batch.position_ids, device)[None],
         attention_mask=None,
         packed_seq_params=PackedSequences(
             qkv_format="thd",
@@ -55,6 +56,7 @@ def hidden_states(model: Any, batch: PackedBatch, device: torch.device) -> torch
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=batch.max_seqlen,
             max_seqlen_kv=batch.max_seqlen,
+            num_rows=int(batch.cu_seqlens[-1]),
         ),
     )
 

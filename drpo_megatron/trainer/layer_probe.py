@@ -50,9 +50,7 @@ class LayerProbe:
 
     def statistics(self) -> dict[str, Statistic]:
         """Of the last look, over all ranks. Collective."""
-        mine = merge_all(self._parts)
-        for group in (self.layout.tp, self.layout.groups.dp_cp):
-            mine = reduce_over(mine, group)
+        mine = reduce_over(merge_all(self._parts), self.layout.tp, self.layout.groups.dp_cp)
         stages: list[dict[str, Statistic]] = [{} for _ in range(self.layout.groups.pp.size())]
         dist.all_gather_object(stages, mine, group=self.layout.groups.pp)
         return merge_all(stages)

@@ -40,6 +40,9 @@ class RMSNorm(torch.nn.RMSNorm):
 class PackedSequences(PackedSeqParams):
     """PackedSeqParams that remembers, for all layers of a micro-batch, how its rows lie in a padded rectangle."""
 
+    num_rows: int = 0
+    """T before context parallel slicing, the last of `cu_seqlens_q`: known on the host, so that no GPU is asked."""
+
     @cached_property
     def lengths(self) -> torch.Tensor:
         """[S] int64, whole sequences (before context parallel slicing)."""
@@ -49,7 +52,8 @@ class PackedSequences(PackedSeqParams):
     def rectangle(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(sequence, position) of every whole row, both [T] int64."""
         device = self.cu_seqlens_q.device
-        sequence = torch.repeat_interleave(torch.arange(len(self.lengths), device=device), self.lengths)
+        numbers = torch.arange(len(self.lengths), device=device)
+        sequence = torch.repeat_interleave(numbers, self.lengths, output_size=self.num_rows)
         position = torch.arange(len(sequence), device=device) - self.cu_seqlens_q[:-1].long()[sequence]
         return sequence, position
 

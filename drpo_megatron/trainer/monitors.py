@@ -110,15 +110,17 @@ class Monitors:
                 hook.remove()
 
     def _flips(self, some: dict[int, torch.Tensor], others: dict[int, torch.Tensor]) -> dict[str, Statistic]:
-        counts = torch.zeros(2, self.low_precision.models[0].config.num_layers, dtype=torch.float64)
+        num_layers = self.low_precision.models[0].config.num_layers
+        counts = torch.zeros(2, num_layers, dtype=torch.float64, device=self.device)
         for layer, choice in some.items():
-            counts[:, layer] += torch.tensor([(choice != others[layer]).any(1).sum().item(), float(len(choice))])
-        counts = counts.to(self.device)
+            counts[0, layer] += (choice != others[layer]).any(1).sum()
+            counts[1, layer] += len(choice)
         dist.all_reduce(counts)
-        shares = {layer: Statistic("mean", counts[:, layer].cpu()) for layer in counts[1].nonzero().flatten().tolist()}
+        counts = counts.cpu()
+        shares = {layer: Statistic("mean", counts[:, layer]) for layer in counts[1].nonzero().flatten().tolist()}
         statistics = {f"precision/layer_{layer:02d}/router_flips": share for layer, share in shares.items()}
         if shares:
-            statistics["precision/router_flips/mean"] = Statistic("mean", counts.sum(1).cpu())
+            statistics["precision/router_flips/mean"] = Statistic("mean", counts.sum(1))
         return statistics
 
 

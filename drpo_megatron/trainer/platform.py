@@ -1,9 +1,13 @@
 """CPU with gloo, or GPU with NCCL: the one switch, and everything that Megatron-Core has to be told without a GPU.
 
-On a GPU `activate("gpu")` patches nothing. On a CPU Megatron's sources stay as they are, too: the modules of the
-`megatron` package are handed a *view* of torch in which the current device is the CPU. The torch that everybody else
-imports stays itself, but for `Tensor.cuda`, which returns the tensor. Each change below names the upstream line that
-needs it (paths under megatron/core of 0.16.1); other versions are refused by name, because those lines move.
+On a CPU Megatron's sources stay as they are: the modules of the `megatron` package are handed a *view* of torch in
+which the current device is the CPU. The torch that everybody else imports stays itself, but for `Tensor.cuda`, which
+returns the tensor. Each change below names the upstream line that needs it (paths under megatron/core of 0.16.1); on a
+CPU other versions are refused by name, because those lines move.
+
+On a GPU nothing is a view, and with Transformer Engine nothing is changed. Without it Megatron misses the same names as
+on a CPU, and gets the same repairs (`_WITHOUT_ENGINE`). `_CPU_ONLY` says of every other repair what a GPU does instead;
+tests/pretended_gpu runs both.
 
 Call `activate` before anything imports `megatron`.
 """
@@ -11,12 +15,14 @@ Call `activate` before anything imports `megatron`.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import importlib.metadata
 import os
 import queue
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from typing import Any, Literal
@@ -62,7 +68,11 @@ def activate(wanted: Literal["auto", "cpu", "gpu"], local_rank: int = 0) -> Plat
         return _active
     if name == "gpu":
         torch.cuda.set_device(local_rank)
-        _active = Platform("gpu", torch.device("cuda", local_rank), "nccl", _has_transformer_engine())
+        has_engine = find_transformer_engine() is not None
+        if not has_engine:
+            _refuse_early_megatron("gpu")
+            sys.meta_path.insert(0, _MegatronImports(None, _WITHOUT_ENGINE))
+        _active = Platform("gpu", torch.device("cuda", local_rank), "nccl", has_engine)
     else:
         check_cpu_versions()
         _tell_megatron_about_the_cpu()
@@ -81,12 +91,26 @@ def activate_meta() -> Platform:
     return activate("cpu")
 
 
-def _has_transformer_engine() -> bool:
+@functools.cache
+def find_transformer_engine() -> str | None:
+    """The version of a Transformer Engine that works, None where there is none.
+
+    It is imported: its package alone, without the extension that is compiled for this torch, has no layers. Raises:
+    ValueError for one that is installed and doesn't import: a run without it is slower and has no FP8, so it is said.
+    """
     try:
-        importlib.metadata.version("transformer-engine")
+        version = importlib.metadata.version("transformer-engine")
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # The import loads libraries and runs checks: it fails in many ways.
+        raise ValueError(
+            f"Transformer Engine {version} is installed, but transformer_engine.pytorch doesn't import: {error}; install "
+            "it for this torch and CUDA (pip install --no-build-isolation 'transformer-engine[pytorch]'), or uninstall "
+            "transformer-engine to train with Megatron's own layers"
+        ) from error
+    return version
 
 
 def has_transformer_engine() -> bool:
@@ -220,10 +244,10 @@ def _make_view() -> _View:
 
 
 class _MegatronImports(MetaPathFinder):
-    """Hands every module of the `megatron` package the view as soon as it has run (some load late)."""
+    """Hands every module of the `megatron` package the view and its fixes as soon as it has run (some load late)."""
 
-    def __init__(self, view: _View) -> None:
-        self.view = view
+    def __init__(self, view: _View | None, fixes: Mapping[str, tuple[Callable[[Any], None], ...]]) -> None:
+        self.view, self.fixes = view, fixes
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         if fullname != "megatron" and not fullname.startswith("megatron."):
@@ -247,10 +271,9 @@ class _MegatronImports(MetaPathFinder):
         return spec
 
     def show(self, module: types.ModuleType) -> None:
-        if getattr(module, "torch", None) is torch:
+        if self.view is not None and getattr(module, "torch", None) is torch:
             module.torch = self.view  # type: ignore[attr-defined]
-        fix = _FIXES.get(module.__name__)
-        if fix is not None:
+        for fix in self.fixes.get(module.__name__, ()):
             fix(module)
 
 
@@ -267,14 +290,15 @@ def _fix_random(module: Any) -> None:
     module._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
 
 
-def _fix_moe_utils(module: Any) -> None:
-    """moe_utils.py:1192,1225 read te_general_gemm, which is only defined when Transformer Engine imports.
-
-    moe_utils.py's maybe_move_tensor_to_cpu (called from token_dispatcher.py:879) leaves CPU tensors alone, although
-    its caller asked for numpy and then calls .tolist() on them as on numpy.
-    """
+def _fix_router_gemm(module: Any) -> None:
+    """moe_utils.py:1192,1225 read te_general_gemm, which is only defined when Transformer Engine imports."""
     if not hasattr(module, "te_general_gemm"):
         module.te_general_gemm = None
+
+
+def _fix_moe_utils(module: Any) -> None:
+    """moe_utils.py's maybe_move_tensor_to_cpu (called from token_dispatcher.py:879) leaves CPU tensors alone, although
+    its caller asked for numpy and then calls .tolist() on them as on numpy."""
 
     def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
@@ -313,10 +337,13 @@ def _fix_mappings(module: Any) -> None:
 
 def _fix_optimizer(module: Any) -> None:
     """optimizer/__init__.py falls back to torch's AdamW, whose per-parameter `step` tensors the distributed optimizer
-    loads wrongly (distrib_optimizer.py:642,821,940: all parameters then share one step). Ours keeps step in the group,
-    as the fused Adam of Transformer Engine and NVIDIA's apex do."""
+    loads wrongly (distrib_optimizer.py:642,821,940: all parameters then share one step), and which fails on moments
+    that are there before a step. Ours keeps step in the group, as the fused Adam of Transformer Engine and NVIDIA's apex
+    do. With apex nothing is to be done."""
     from drpo_megatron.trainer.adam import Adam
 
+    if not module.USING_PYTORCH_OPTIMIZER:
+        return
     module.Adam = Adam
     module.USING_PYTORCH_OPTIMIZER = False
 
@@ -326,8 +353,21 @@ def _fix_distrib_optimizer(module: Any) -> None:
     for torch's, with a step in every parameter. Ours keeps it in the group, as Transformer Engine's does."""
     from drpo_megatron.trainer.adam import Adam
 
+    if module.HAVE_APEX_OR_TE:
+        return
     module.Adam = Adam
     module.HAVE_APEX_OR_TE = module.USING_TE_OPTIMIZER = True
+
+
+def _fix_utils(module: Any) -> None:
+    """utils.py:1200, where apex and Transformer Engine are missing, waits for the GPU once a gradient, and rounds the
+    norm to FP32 on the host on the way."""
+
+    def l2_norm(chunk_size: int, noop_flag: Any, tensor_lists: Any, per_tensor: bool, *args: Any) -> tuple[Any, None]:
+        norms = torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors])
+        return torch.stack(norms).float().norm().reshape(1), None
+
+    module.local_multi_tensor_l2_norm = l2_norm
 
 
 def _fix_filesystem_async(module: Any) -> None:
@@ -359,24 +399,46 @@ def _fix_filesystem_async(module: Any) -> None:
     module.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(write_here)
 
 
-_FIXES = {
-    "megatron.core.dist_checkpointing.strategies.filesystem_async": _fix_filesystem_async,
-    "megatron.core.jit": _fix_jit,
-    "megatron.core.tensor_parallel.random": _fix_random,
-    "megatron.core.transformer.moe.moe_utils": _fix_moe_utils,
-    "megatron.core.tensor_parallel.mappings": _fix_mappings,
-    "megatron.core.optimizer": _fix_optimizer,
-    "megatron.core.optimizer.distrib_optimizer": _fix_distrib_optimizer,
+Fixes = dict[str, tuple[Callable[[Any], None], ...]]
+
+_WITHOUT_ENGINE: Fixes = {
+    "megatron.core.transformer.moe.moe_utils": (_fix_router_gemm,),
+    "megatron.core.optimizer": (_fix_optimizer,),
+    "megatron.core.optimizer.distrib_optimizer": (_fix_distrib_optimizer,),
+    "megatron.core.utils": (_fix_utils,),
 }
+"""Whatever the device, where Transformer Engine is missing."""
+
+_CPU_ONLY: Fixes = {
+    # A GPU's ranks start writers of their own, which are forked before any NCCL kernel runs in them.
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": (_fix_filesystem_async,),
+    # A GPU compiles with torch.compile, at the first step.
+    "megatron.core.jit": (_fix_jit,),
+    # A GPU has the generator that Megatron sets.
+    "megatron.core.tensor_parallel.random": (_fix_random,),
+    # A GPU's counts are copied to the host, and then are numpy's as asked.
+    "megatron.core.transformer.moe.moe_utils": (_fix_moe_utils,),
+    # NCCL gathers and scatters uneven shares.
+    "megatron.core.tensor_parallel.mappings": (_fix_mappings,),
+}
+"""With what a GPU does instead."""
+
+
+def _fixes(*tables: Fixes) -> Fixes:
+    return {name: tuple(fix for t in tables for fix in t.get(name, ())) for name in {n for t in tables for n in t}}
+
+
+def _refuse_early_megatron(name: str) -> None:
+    early = sorted(name for name in sys.modules if name == "megatron.core" or name.startswith("megatron.core."))
+    if early:
+        raise ValueError(f"{early[0]} was imported before platform.activate('{name}'); activate the platform first")
 
 
 def _tell_megatron_about_the_cpu() -> None:
-    early = sorted(name for name in sys.modules if name == "megatron.core" or name.startswith("megatron.core."))
-    if early:
-        raise ValueError(f"{early[0]} was imported before platform.activate('cpu'); activate the platform first")
+    _refuse_early_megatron("cpu")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    sys.meta_path.insert(0, _MegatronImports(_make_view()))
+    sys.meta_path.insert(0, _MegatronImports(_make_view(), _fixes(_WITHOUT_ENGINE, _CPU_ONLY)))
 
 
 class _CudaTypeNames(TorchFunctionMode):

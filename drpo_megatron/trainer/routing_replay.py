@@ -26,6 +26,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 from drpo_megatron.config.hf_config import ExpertRouting
 from drpo_megatron.metrics import Statistic
 from drpo_megatron.trainer.setup import Layout
+from drpo_megatron.trainer.transfer import to_device
 from drpo_megatron.types import PackedBatch
 
 
@@ -105,7 +106,7 @@ class RoutingReplay:
         if batch.routed_experts is None:
             yield
             return
-        traces = self._rows_of_this_rank(batch.routed_experts).to(self.device)
+        traces = to_device(self._rows_of_this_rank(batch.routed_experts), self.device)
         layers = self._layers[chunk]
         for layer in layers:
             layer.traced = traces[:, layer.index].long()

@@ -6,8 +6,11 @@ the functions, after it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -28,6 +31,8 @@ class Layout:
 
     groups: Any
     parallel: ParallelSection
+    token_multiple: int = 1
+    """What the rows of a rank's matrices must be a multiple of: `Engine.token_multiple` of a recipe that runs for real."""
 
     @property
     def tp(self) -> dist.ProcessGroup:
@@ -53,7 +58,8 @@ class Layout:
     def length_multiple(self) -> int:
         """What the length of a packed micro-batch (before context parallel slicing) must be a multiple of."""
         tensor = self.parallel.tensor if self.parallel.sequence else 1
-        return tensor * self.sequence_multiple
+        rows = tensor * self.parallel.context * self.token_multiple
+        return math.lcm(rows, tensor * self.sequence_multiple)
 
     @property
     def sequence_multiple(self) -> int:
@@ -70,7 +76,7 @@ def initialize_distributed(config: Config, rank: int, world_size: int, store: di
     return platform
 
 
-def build_layout(parallel: ParallelSection, seed: int, timeout_s: float = 3600.0) -> Layout:
+def build_layout(parallel: ParallelSection, seed: int, timeout_s: float = 3600.0, token_multiple: int = 1) -> Layout:
     """Megatron's parallel state for `parallel` over the default process group, and its seeded generators.
 
     A collective in any of its groups that waits longer than `timeout_s` raises.
@@ -93,7 +99,7 @@ def build_layout(parallel: ParallelSection, seed: int, timeout_s: float = 3600.0
         distributed_timeout_minutes=timeout_s / 60,  # Its own default is 30 minutes, whatever the default group has.
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 1000 * parallel_state.get_pipeline_model_parallel_rank())
-    return Layout(ProcessGroupCollection.use_mpu_process_groups(), parallel)
+    return Layout(ProcessGroupCollection.use_mpu_process_groups(), parallel, token_multiple)
 
 
 def _has_gloo() -> bool:
@@ -223,13 +229,14 @@ def build_policy_models(
     models = []
     for chunk in range(num_chunks):
         vp_stage = chunk if config.parallel.virtual_pipeline else None
-        spec = get_gpt_decoder_block_spec(
-            megatron_config,
-            use_transformer_engine=platform.transformer_engine,
-            normalization="RMSNorm",
-            vp_stage=vp_stage,
-            pp_rank=stage,
-        )
+        with _attention_only(megatron_config):
+            spec = get_gpt_decoder_block_spec(
+                megatron_config,
+                use_transformer_engine=platform.transformer_engine,
+                normalization="RMSNorm",
+                vp_stage=vp_stage,
+                pp_rank=stage,
+            )
         if not platform.transformer_engine:
             from drpo_megatron.trainer.layers import use_torch_layers
 
@@ -248,6 +255,8 @@ def build_policy_models(
             **model_kwargs,
         )
         _mark_shards(model)
+        if platform.transformer_engine:
+            _fuse_weight_gradients(model)
         if config.model.freeze_router:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(".router." not in name)
@@ -255,11 +264,35 @@ def build_policy_models(
     return models
 
 
+@contextlib.contextmanager
+def _attention_only(megatron_config: Any) -> Iterator[None]:
+    """A spec in which all layers are attention, whatever the config says: Megatron-Core 0.19 refuses to make one of a
+    config with another variant (gpt_layer_specs.py:572); `use_delta_nets` then replaces those that are not."""
+    variant = megatron_config.experimental_attention_variant
+    megatron_config.experimental_attention_variant = None
+    try:
+        yield
+    finally:
+        megatron_config.experimental_attention_variant = variant
+
+
+def _fuse_weight_gradients(model: Any) -> None:
+    """Transformer Engine adds weight gradients to `main_grad` inside the GEMM that makes them.
+
+    Not by the config's gradient_accumulation_fusion: Megatron's own head (layers.py:924), which is never called here,
+    would then demand apex.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
 def _mark_shards(model: Any) -> None:
     """Say of every weight how it is shared out, where Megatron forgets to.
 
     Tensor-parallel shards: without the mark the gradient norm counts the shard of rank 0 only. Megatron marks weights
-    while it initialises them, which we leave to the checkpoint. Experts: at EP = 1 Megatron takes them for dense
+    while it initialises them, which we leave to the checkpoint; the experts' weights of Transformer Engine it marks since
+    0.19, before that Transformer Engine did, and from 2.15 on nobody. Experts: at EP = 1 Megatron takes them for dense
     weights (layers.py:829), whose gradients are not summed over tensor-parallel ranks, although with ETP < TP each of
     these saw tokens of its own. As experts they are always summed over the expert-data-parallel group; and their
     optimizer is always one of its own, so that its state can move between any two EP sizes.
@@ -279,6 +312,8 @@ def _mark_shards(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = False
+            # Without expert tensor parallelism, too: every rank of the dense group then has experts of its own.
+            parameter.tensor_model_parallel = True
 
 
 def _connect_schedule(megatron_config: Any, chunks: list[Any], overlap: bool) -> None:

@@ -8,6 +8,7 @@ SPMD: every method is called on all ranks at once with the same arguments.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from drpo_megatron.config.hf_config import read_expert_routing
 from drpo_megatron.config.sections import Config, OptimizerSection
 from drpo_megatron.data.packing import split_optimizer_steps, unpack_token_values
 from drpo_megatron.data.traces import check_traces
-from drpo_megatron.metrics import Statistic, merge_all, reduce_over
+from drpo_megatron.metrics import PackedStatistics, Statistic, merge_all
 from drpo_megatron.models import get_family
 from drpo_megatron.objectives import build as build_objective
 from drpo_megatron.objectives.aggregation import token_weights
@@ -49,7 +50,14 @@ class Trainer:
         self.platform = activate(config.trainer.backend)
         if self.precision is not None and self.precision.emulated:
             self.platform = replace(self.platform, transformer_engine=False)  # Its layers are Megatron's own.
-        self.layout = setup.build_layout(config.parallel, config.run.seed, config.cluster.step_timeout_s)
+        runs_for_real = self.precision is not None and not self.precision.emulated
+        engine = self.precision.recipe.engine if self.precision is not None and runs_for_real else None
+        self.layout = setup.build_layout(
+            config.parallel,
+            config.run.seed,
+            config.cluster.step_timeout_s,
+            engine.token_multiple if engine is not None else 1,
+        )
         self.hf_config = AutoConfig.from_pretrained(
             config.model.hf_path, local_files_only=True, trust_remote_code=False
         )
@@ -122,17 +130,20 @@ class Trainer:
             out = vocab_parallel_logprobs(
                 hidden,
                 head,
-                batch.targets.to(hidden.device),
-                live=batch.weights.to(hidden.device) != 0,
+                batch.targets,
+                live=batch.weights != 0,
                 **self._kernel_options(),
             )
-            return hidden.new_zeros(()), out.logprobs.cpu()
+            return hidden.new_zeros(()), out.logprobs
 
         with torch.no_grad():
             collected, _ = self._run(work, collect, forward_only=True)
         mine: dict[str, list[float]] = {}
-        for whole, local in zip(work.whole_batches, collected, strict=self.layout.is_last_stage):
-            mine |= unpack_token_values(whole, gather_context_parallel(whole, local, self.layout.groups.cp))
+        wholes = work.whole_batches if self.layout.is_last_stage else []
+        for whole, values in zip(
+            wholes, gather_context_parallel(wholes, collected, self.layout.groups.cp), strict=True
+        ):
+            mine |= unpack_token_values(whole, values)
         everyone: list[dict[str, list[float]]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, mine)
         merged = {name: tuple(values) for part in everyone for name, values in part.items() if values}
@@ -159,24 +170,19 @@ class Trainer:
         self._scale_aux_loss(work.num_padded_tokens)
 
         def policy_loss(batch: PackedBatch, hidden: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, Any]:
-            device = hidden.device
-
-            def there(values: torch.Tensor | None) -> torch.Tensor | None:
-                return None if values is None else values.to(device)
-
             out = vocab_parallel_policy_loss(
                 hidden,
                 head,
-                batch.targets.to(device),
-                batch.behavior_logprobs.to(device),
-                batch.advantages.to(device),
-                batch.weights.to(device),
+                batch.targets,
+                batch.behavior_logprobs,
+                batch.advantages,
+                batch.weights,
                 objective=objective,
-                old_logprobs=there(batch.old_logprobs),
-                reference_logprobs=there(batch.reference_logprobs),
-                sequence_ids=there(batch.sequence_ids),
-                topk_ids=there(batch.topk_ids),
-                topk_behavior_logprobs=there(batch.topk_behavior_logprobs),
+                old_logprobs=batch.old_logprobs,
+                reference_logprobs=batch.reference_logprobs,
+                sequence_ids=batch.sequence_ids,
+                topk_ids=batch.topk_ids,
+                topk_behavior_logprobs=batch.topk_behavior_logprobs,
                 low_memory=trainer.loss_low_memory,
                 entropy_coef=0.0 if objective is self.supervised_objective else trainer.entropy_coef,
                 bad_behavior=trainer.bad_behavior,
@@ -186,8 +192,9 @@ class Trainer:
             )
             statistics = dict(out.metrics)
             statistics["objective/loss"] = Statistic.sum(out.loss)
-            statistics["objective/num_bad_behavior"] = Statistic.sum(out.num_bad_behavior)
-            return out.loss, {name: _on_cpu(statistic) for name, statistic in statistics.items()}
+            bad = torch.full((), float(out.num_bad_behavior), device=hidden.device)
+            statistics["objective/num_bad_behavior"] = Statistic.sum(bad)
+            return out.loss, PackedStatistics.of(statistics)
 
         def backward(work: Work) -> tuple[list[Any], dict[str, Statistic]]:
             return self._run(work, policy_loss, forward_only=False)
@@ -366,17 +373,18 @@ class Trainer:
             scale = self.config.parallel.tensor * self.config.parallel.context / num_tokens
             self.chunks[0].config.moe_aux_loss_coeff = self.config.model.moe_aux_loss_coeff * scale
 
-    def _reduce(self, collected: Sequence[dict[str, Statistic]]) -> dict[str, Statistic]:
+    def _reduce(self, collected: Sequence[PackedStatistics]) -> dict[str, Statistic]:
         """Statistics of the last stage's micro-batches, over data and context parallel ranks, known to every stage."""
-        merged = merge_all(collected)
+        merged: dict[str, Statistic] = {}
         if self.layout.is_last_stage:
-            merged = reduce_over(merged, self.layout.groups.dp_cp)
+            packed = functools.reduce(PackedStatistics.merge, collected)
+            merged = packed.reduce_over(self.layout.groups.dp_cp).unpack()
         pp = self.layout.groups.pp
         if pp.size() > 1:
             box = [merged]
             dist.broadcast_object_list(box, group=pp, group_src=pp.size() - 1)
             merged = box[0]
-        return dict(merged)
+        return merged
 
     def _report(self, steps: list[dict[str, Statistic]]) -> StepReport:
         merged = merge_all(steps)
@@ -385,7 +393,3 @@ class Trainer:
             merged[name] = steps[0][name]
         metrics = {name: statistic.value() for name, statistic in sorted(merged.items())}
         return StepReport(self.policy_version, metrics, int(metrics.pop("train/num_tokens")))
-
-
-def _on_cpu(statistic: Statistic) -> Statistic:
-    return Statistic(statistic.kind, statistic.data.cpu(), statistic.quantile)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from drpo_megatron.metrics import Statistic
 from drpo_megatron.objectives.base import Objective
+from drpo_megatron.trainer.transfer import to_device
 from drpo_megatron.trainer.vocab_parallel_batch import TokenBatch, check_targets
 from drpo_megatron.trainer.vocab_parallel_chunks import measure
 from drpo_megatron.trainer.vocab_parallel_shards import added_to_main_grad, gather_hidden, head_shard, main_grad_of
@@ -85,6 +86,7 @@ def vocab_parallel_policy_loss(
             size and may be empty.
         targets, behavior_logprobs, advantages, weights: [N], the full vectors on every rank. targets are token ids
             (-100 where weights is 0); behavior_logprobs is log mu; weights is the mask over the global normaliser.
+            Best on the host, as all vectors: on a GPU they are checked at the price of waiting for it.
         objective: from `drpo_megatron.objectives.build`.
         temperature: of the sampling distribution; pi is softmax(logits / temperature).
         entropy_coef: weight of the entropy bonus.
@@ -127,8 +129,8 @@ def vocab_parallel_policy_loss(
     check_targets(targets, rows.live, head.vocab_size)
     task = PolicyLossTask(
         head=head,
-        batch=batch,
-        rows=rows,
+        batch=batch.to(hidden.device),
+        rows=rows.to(hidden.device),
         objective=objective,
         entropy_coef=entropy_coef,
         log_ratio_max=log_ratio_max,
@@ -172,6 +174,7 @@ def vocab_parallel_logprobs(
         raise ValueError(f"targets has shape {tuple(targets.shape)}; hidden has {size} rows, so give [{size}]")
     rows = (targets >= 0 if live is None else live).nonzero().squeeze(1)
     check_targets(targets, rows, head.vocab_size)
+    rows, targets = to_device(rows, hidden.device), to_device(targets, hidden.device)
     gathered = gather_hidden(hidden, head.group, sequence_parallel)
     softmax = measure(head, gathered[rows].to(head.operand_dtype), targets[rows, None])
     entropy = scatter(softmax.entropy, rows, size) if with_entropy else None

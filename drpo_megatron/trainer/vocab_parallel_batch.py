@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 
 from drpo_megatron.objectives.base import Objective, ObjectiveInputs
+from drpo_megatron.trainer.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +25,17 @@ class Rows:
     """Live without gradient."""
     num_bad_behavior: int
 
+    def to(self, device: torch.device) -> Rows:
+        numbers = (self.live, self.good, self.gradient, self.only_logprobs)
+        return Rows(*(to_device(rows, device) for rows in numbers), num_bad_behavior=self.num_bad_behavior)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """[N] each, the full vectors on every rank; [N, K] for topk. None: not given."""
+    """[N] each, the full vectors on every rank; [N, K] for topk. None: not given.
+
+    On the host until `to`: which rows do what is decided there, and no GPU has to be waited for.
+    """
 
     targets: torch.Tensor
     behavior_logprobs: torch.Tensor
@@ -42,6 +50,10 @@ class TokenBatch:
     @property
     def num_ids(self) -> int:
         return 1 if self.topk_ids is None else 1 + self.topk_ids.shape[1]
+
+    def to(self, device: torch.device) -> TokenBatch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TokenBatch(**{name: None if x is None else to_device(x, device) for name, x in values.items()})
 
     def check(self, objective: Objective, num_rows: int) -> None:
         """Raises: ValueError for a vector of the wrong length, or one that the objective needs and nobody gave."""

@@ -72,14 +72,27 @@ def share_out(
     )
 
 
-def gather_context_parallel(whole: PackedBatch, local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Per-token values of this context-parallel rank's rows -> those of the whole micro-batch, [T]."""
-    if group.size() == 1:
-        return local
-    parts = [torch.empty_like(local) for _ in range(group.size())]
-    dist.all_gather(parts, local, group=group)
-    values = local.new_zeros(whole.input_ids.shape[0])
+def gather_context_parallel(
+    wholes: Sequence[PackedBatch], locals_: Sequence[torch.Tensor], group: dist.ProcessGroup
+) -> list[torch.Tensor]:
+    """Per-token values of this context-parallel rank's rows, one tensor a micro-batch, -> those of the whole
+    micro-batches, [T] each, on the host. One collective where the values are, one copy."""
+    if not wholes:
+        return []
+    mine = torch.cat(list(locals_))
+    everyones = mine.new_empty(group.size(), len(mine))
+    if group.size() > 1:
+        dist.all_gather_into_tensor(everyones.view(-1), mine, group=group)
+    else:
+        everyones[0] = mine
+    parts = everyones.cpu().split([len(local) for local in locals_], dim=1)
+    return [_in_order(whole, part) for whole, part in zip(wholes, parts, strict=True)]
+
+
+def _in_order(whole: PackedBatch, parts: torch.Tensor) -> torch.Tensor:
+    """[CP, T / CP] by rank to [T] by place."""
+    values = parts.new_zeros(whole.input_ids.shape[0])
     places = replace(whole, input_ids=torch.arange(len(values)))
     for rank, part in enumerate(parts):
-        values[context_parallel_slice(places, rank, group.size()).input_ids] = part
+        values[context_parallel_slice(places, rank, len(parts)).input_ids] = part
     return values
