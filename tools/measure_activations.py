@@ -62,7 +62,7 @@ def _forward(chunk: Any, config: Config, hf_config: Any, num_sequences: int) -> 
         attention_mask=None,
         packed_seq_params=PackedSequences(
             qkv_format="thd",
-            num_rows=int(cu_seqlens[-1]),
+            num_rows=int(bounds[-1]),
             cu_seqlens_q=bounds,
             cu_seqlens_kv=bounds,
             max_seqlen_q=longest,
