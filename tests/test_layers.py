@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "drpo_megatron"
 
 LEVELS = [
-    {"__init__", "versions", "files", "console", "types", "metrics", "sinks", "config"},
+    {"__init__", "versions", "files", "console", "types", "metrics", "sinks", "config", "paths"},
     {"data", "rewards", "objectives", "models", "precision", "plots"},
     {"checkpoint", "rollout"},
     {"trainer"},

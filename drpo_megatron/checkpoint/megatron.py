@@ -12,24 +12,55 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.mapping import (
+    CheckpointingException,
+    LocalNonpersistentObject,
+    ShardedObject,
+    is_main_replica,
+)
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from drpo_megatron.checkpoint.checksums import damaged, read_checksums, sums_of, write_checksums
 from drpo_megatron.checkpoint.hf_files import FOLDER, keep_hf_files_of_training
 from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
+from drpo_megatron.checkpoint.torch_dist_reader import FixedReader
+from drpo_megatron.checkpoint.torch_save import load_saved
 from drpo_megatron.files import CannotWrite, explained, flush_tree, require_free_space, write_text
 
 COUNTERS_FILE = "trainer.json"
 AMAX_FILE = "amax_history-rank{}.safetensors"
 """What emulated delayed scaling remembers; no file where it remembers nothing."""
+
+# torch.py:752 would make one of DCP's own readers, which unpickle whatever a checkpoint holds.
+assert callable(torch_strategy._get_filesystem_reader)
+torch_strategy._get_filesystem_reader = lambda directory, cache_metadata=False: FixedReader(directory)
+_Shards = torch_strategy.TorchDistLoadShardedStrategy
+"""Named, so that no `metadata.json` chooses another one of Megatron's formats."""
+
+
+class _Settings(TorchCommonLoadStrategy):  # type: ignore[misc]
+    """What isn't sharded (common.pt): of the optimizer and the schedule."""
+
+    def __init__(self, *, are_wanted: bool) -> None:
+        self._are_wanted = are_wanted
+
+    def load_common(self, checkpoint_dir: str | Path) -> Any:
+        file = Path(checkpoint_dir, "common.pt")
+        return load_saved(file.read_bytes(), str(file)) if self._are_wanted else {}
+
+    def load_sharded_objects(self, *args: Any) -> Any:
+        raise ValueError("objects of a checkpoint are in its shards")
 
 
 def save_checkpoint(
@@ -127,20 +158,55 @@ def load_weights(directory: str | Path, chunks: Sequence[Any]) -> None:
     TorchDistCheckpoint(directory)  # For its errors, which name what is missing.
     if problems := find_damage(Path(directory)):
         raise ValueError(f"checkpoint {directory} can't be used: {'; '.join(problems[:3])}")
-    state = _sharded_model(chunks, _sharding_metadata())
-    loaded = dist_checkpointing.load(state, str(directory))
-    for index, chunk in enumerate(chunks):
-        chunk.module.load_state_dict(loaded[_model_key(chunks, index)], strict=True)
+    with _named(directory):
+        state = _sharded_model(chunks, _sharding_metadata())
+        # The rest (Transformer Engine's FP8 state) stays as it is. A stranger's is pickled, and means nothing here.
+        state = dict_list_map_outplace(_kept_unless_tensor, state)
+        loaded = dist_checkpointing.load(state, str(directory), _Shards(), _Settings(are_wanted=False))
+        for index, chunk in enumerate(chunks):
+            chunk.module.load_state_dict(loaded[_model_key(chunks, index)], strict=True)
 
 
 def load_checkpoint(directory: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any) -> None:
-    """Collective. Fills model, optimizer and schedule in place; the layout may differ from the one that saved."""
-    state = _sharded_state(chunks, optimizer, is_loading=True)
-    loaded = dist_checkpointing.load(state, str(directory))
-    for index, chunk in enumerate(chunks):
-        chunk.module.load_state_dict(loaded[_model_key(chunks, index)], strict=True)
-    optimizer.load_state_dict(loaded["optimizer"])
-    schedule.load_state_dict(loaded["schedule"])
+    """Collective. Fills model, optimizer and schedule in place; the layout may differ from the one that saved.
+
+    Raises: ValueError, as `load_weights`.
+    """
+    TorchDistCheckpoint(directory)
+    with _named(directory):
+        state = _sharded_state(chunks, optimizer, is_loading=True)
+        loaded = dist_checkpointing.load(state, str(directory), _Shards(), _Settings(are_wanted=True))
+        for index, chunk in enumerate(chunks):
+            chunk.module.load_state_dict(loaded[_model_key(chunks, index)], strict=True)
+        optimizer.load_state_dict(loaded["optimizer"])
+        schedule.load_state_dict(loaded["schedule"])
+
+
+def _kept_unless_tensor(value: Any) -> Any:
+    return LocalNonpersistentObject(value.data) if isinstance(value, ShardedObject) else value
+
+
+@contextmanager
+def _named(directory: str | Path) -> Iterator[None]:
+    """What goes wrong in the block is a fault of the checkpoint: a ValueError that names it. Lost peers stay what they are."""
+    try:
+        yield
+    except CheckpointException as failed:  # Of any rank, told to all of them.
+        error, _ = next(iter(failed.failures.values()))
+        raise _fault(directory, error) from failed
+    except (ArithmeticError, AssertionError, AttributeError, CheckpointingException, LookupError, TypeError) as error:
+        raise _fault(directory, error) from error
+    except (ValueError, RuntimeError) as error:
+        is_about_it = isinstance(error, ValueError) or str(error).startswith("Error(s) in loading state_dict")
+        raise (_fault(directory, error) if is_about_it else error) from error
+
+
+def _fault(directory: str | Path, error: BaseException) -> BaseException:
+    if isinstance(error, OSError) or (isinstance(error, ValueError) and str(directory) in str(error)):
+        return error
+    return ValueError(
+        f"checkpoint {directory} is damaged, or of another model: {type(error).__name__}: {str(error):.400}"
+    )
 
 
 def _agree(directory: Path, part: Callable[[], None] | None) -> str | None:

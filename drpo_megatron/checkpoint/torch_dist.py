@@ -15,7 +15,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +25,6 @@ import torch
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
-    FileSystemReader,
     FileSystemWriter,
     LoadPlan,
     Metadata,
@@ -44,10 +42,11 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from drpo_megatron.checkpoint.torch_dist_reader import METADATA_FILE, FixedReader, read_metadata
 from drpo_megatron.checkpoint.torch_save import ByteRange, tensor_bytes
 
 Shape = tuple[int, ...]
-FORMAT_FILES = ("metadata.json", ".metadata", "common.pt")
+FORMAT_FILES = ("metadata.json", METADATA_FILE, "common.pt")
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -148,13 +147,9 @@ class TorchDistCheckpoint:
             raise ValueError(
                 f"{self.directory} is not a finished Megatron checkpoint (torch_dist): {', '.join(missing)} is missing"
             )
-        form = json.loads((self.directory / "metadata.json").read_text())
-        if form.get("sharded_backend") != "torch_dist":
-            raise ValueError(
-                f"{self.directory} is in Megatron's format {form.get('sharded_backend')!r}; only torch_dist is read"
-            )
-        self._reader = FileSystemReader(self.directory)
-        metadata = _read_metadata(self.directory / ".metadata")
+        _check_format(self.directory / "metadata.json")
+        metadata = read_metadata(self.directory / METADATA_FILE)
+        self._reader = FixedReader(self.directory, metadata)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: value
@@ -190,8 +185,6 @@ class TorchDistCheckpoint:
         if box not in self._stored_whole:
             return None
         stored = self._reader.storage_data[MetadataIndex(box.key, box.offset)]
-        if stored.transform_descriptors:
-            return None
         path = self.directory / stored.relative_path
         return tensor_bytes(path, stored.offset, stored.length, self.dtype(box.key), box.size)
 
@@ -208,6 +201,16 @@ class TorchDistCheckpoint:
                 problems.append(f"{name} has {path.stat().st_size} bytes, but {num_bytes} are described")
         if problems:
             raise ValueError(f"checkpoint {self.directory} is damaged: " + "; ".join(problems))
+
+
+def _check_format(file: Path) -> None:
+    try:
+        form = json.loads(file.read_text(encoding="utf-8"))
+        backend = form.get("sharded_backend")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if backend != "torch_dist":
+        raise ValueError(f"{file.parent} is in Megatron's format {backend!r}; only torch_dist is read")
 
 
 class _LazyValues(DefaultSavePlanner):
@@ -251,29 +254,3 @@ def _box_of(item: WriteItem) -> Box:
     assert item.tensor_data is not None
     chunk = item.tensor_data.chunk
     return Box(item.index.fqn, tuple(chunk.offsets), tuple(chunk.sizes))
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """DCP keeps its metadata as a pickle. This one builds DCP's own records and torch's dtypes, and runs nothing."""
-
-    _PLAIN = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name) if "." not in name else None
-        is_record = isinstance(found, type) and found.__module__ == module
-        if is_record and module.startswith(("torch.distributed.checkpoint.", "pathlib")):
-            return found
-        if (module, name) in self._PLAIN or (module == "torch" and isinstance(found, torch.dtype)):
-            return found
-        raise ValueError(f"it refers to {module}.{name}, which checkpoints have no use for")
-
-
-def _read_metadata(path: Path) -> Metadata:
-    try:
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, ImportError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(metadata, Metadata):
-        raise ValueError(f"{path} holds a {type(metadata).__name__}, not the metadata of a checkpoint")
-    return metadata
