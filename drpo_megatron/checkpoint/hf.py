@@ -25,6 +25,7 @@ from drpo_megatron.checkpoint.safetensors_file import (
     read_tensor,
     write_tensor,
 )
+from drpo_megatron.paths import inside
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -94,8 +95,8 @@ class HFCheckpoint:
                 )
         elif not (self.directory / SINGLE_FILE).is_file():
             raise ValueError(f"{self.directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
-        for file in sorted(set(weight_map.values()) or {SINGLE_FILE}):
-            path = self.directory / file
+        for file in sorted(set(weight_map.values()) or {SINGLE_FILE}, key=str):
+            path = inside(self.directory, file, str(index_file))
             if not path.is_file():
                 problems.append(f"{file} is named by {INDEX_FILE} but missing")
                 continue

@@ -38,6 +38,7 @@ from drpo_megatron.checkpoint.safetensors_file import (
 )
 from drpo_megatron.checkpoint.stored import StoredTensors, require_plain
 from drpo_megatron.models import get_family
+from drpo_megatron.paths import inside
 
 FOLDER = "hf"
 TENSORS_FILE = "tensors.json"
@@ -142,6 +143,10 @@ class CarriedFiles(HFFiles):
         try:
             record = json.loads(record_file.read_text(encoding="utf-8"))
             headers = {file: Header.parse(text) for file, text in record["headers"].items()}
+            for file in headers:
+                inside(directory, file, str(record_file))
+                if not file.endswith(".safetensors"):
+                    raise ValueError(f"it names {file!r}, which is no file of safetensors")
             self.layout = FileLayout(headers, record["index"])
             self.is_trained = record["is_trained"]
             self._untrained = Path(record["untrained"] or directory)

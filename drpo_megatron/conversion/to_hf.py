@@ -26,6 +26,7 @@ from drpo_megatron.conversion.model import ModelPlan
 from drpo_megatron.conversion.report import progress_bar
 from drpo_megatron.conversion.workers import flushing, run_tasks
 from drpo_megatron.models.rules import HFTensor, Rule
+from drpo_megatron.paths import inside
 from drpo_megatron.precision.layers import quantised_names
 from drpo_megatron.precision.quantize import quantize_block128
 
@@ -114,7 +115,9 @@ class _Output:
         self._infos, self._file_of = layout.tensors, layout.file_of
         self._lock, self._bytes_left = threading.Lock(), dict[str, int]()
         for file, header in layout.headers.items():
-            create_file(directory / file, header)
+            path = inside(directory, file, "the layout of the checkpoint", for_writing=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            create_file(path, header)
             self._bytes_left[file] = sum(info.num_bytes for info in header.tensors.values())
 
     def write(self, name: str, tensor: torch.Tensor, index: int | None = None) -> None:
