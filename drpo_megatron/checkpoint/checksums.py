@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 
 from drpo_megatron.files import write_text
+from drpo_megatron.paths import inside
 
 CHECKSUMS_FILE = "checksums.json"
 _CHUNK_BYTES = 2**22
@@ -58,6 +59,8 @@ def read_checksums(directory: Path) -> dict[str, FileSum] | None:
     if not path.exists():
         return None
     files = unsealed(path).get("files")
+    for name in files if isinstance(files, dict) else ():
+        inside(directory, name, str(path))
     try:
         return {name: FileSum(int(entry["num_bytes"]), str(entry["xxh3"])) for name, entry in files.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
