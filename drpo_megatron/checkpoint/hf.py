@@ -85,9 +85,10 @@ class HFCheckpoint:
         weight_map: dict[str, str] = {}
         if index_file.is_file():
             self.index = index_file.read_text(encoding="utf-8")
-            weight_map = _read_json(index_file).get("weight_map", {})
-            if not weight_map:
-                raise ValueError(f"{index_file} names no tensors (weight_map); copy it again")
+            found = _read_json(index_file).get("weight_map")
+            if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+                raise ValueError(f"{index_file} names no tensors (weight_map: name -> file); copy it again")
+            weight_map = found
             if (self.directory / SINGLE_FILE).is_file() and set(weight_map.values()) != {SINGLE_FILE}:
                 raise ValueError(
                     f"{self.directory} has both {SINGLE_FILE} and {INDEX_FILE}, which names other files: transformers "
@@ -243,6 +244,9 @@ def _write_shards(
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not an object; copy it again")
+    return found

@@ -151,7 +151,7 @@ class CarriedFiles(HFFiles):
             self.is_trained = record["is_trained"]
             self._untrained = Path(record["untrained"] or directory)
             """Where the tensors are that no parameter takes."""
-        except (json.JSONDecodeError, KeyError, ValueError) as error:
+        except (json.JSONDecodeError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{record_file} is damaged ({error}); convert again") from error
         self.others = OtherFiles.of(directory, _OWN_FILES)
 
@@ -268,7 +268,8 @@ def _write_record(directory: Path, layout: FileLayout, *, is_trained: bool, untr
 
 def _index_of(headers: dict[str, Header], old: str | None) -> str:
     """An index of these files that keeps what an old one says beside the sizes."""
-    metadata = json.loads(old).get("metadata", {}) if old is not None else {}
+    found = json.loads(old).get("metadata") if old is not None else None
+    metadata = found if isinstance(found, dict) else {}
     infos = [info for header in headers.values() for info in header.tensors.values()]
     weight_map = {name: file for file, header in headers.items() for name in header.tensors}
     return index_text(weight_map, metadata | {"total_size": sum(info.num_bytes for info in infos)})

@@ -19,7 +19,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -66,27 +66,24 @@ class Header:
 
     @classmethod
     def parse(cls, text: str) -> Header:
-        """Raises ValueError for what is no header: not JSON, an unknown dtype, offsets that don't fit the shapes."""
+        """Raises ValueError for what is no header: not JSON, an unknown dtype, offsets that don't fit the shapes, or
+        tensors that overlap or leave gaps."""
         try:
             entries = json.loads(text)
-            entries.pop("__metadata__", None)
-            data_start = 8 + len(text.encode())
-            tensors, begins, end = {}, {}, data_start
-            for name, entry in entries.items():
-                if entry["dtype"] not in DTYPES:
-                    raise ValueError(f"tensor {name} is of dtype {entry['dtype']}; known are {', '.join(DTYPES)}")
-                tensors[name] = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]))
-                first, last = entry["data_offsets"]
-                if last - first != tensors[name].num_bytes:
-                    raise ValueError(
-                        f"tensor {name} {entry['dtype']} {entry['shape']} takes {tensors[name].num_bytes} bytes, but "
-                        f"has {last - first}"
-                    )
-                begins[name] = data_start + first
-                end = max(end, data_start + last)
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            metadata = entries.pop("__metadata__", None)
+            if metadata is not None and not isinstance(metadata, dict):
+                raise TypeError("__metadata__ is no object")
+            parsed = {name: _parse_entry(name, entry) for name, entry in entries.items()}
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"its header is damaged ({type(error).__name__}: {error})") from error
-        return cls(text, tensors, begins, end)
+        data_start, end = 8 + len(text.encode()), 0
+        for name, (info, begin) in sorted(parsed.items(), key=lambda item: (item[1][1], item[1][0].num_bytes)):
+            if begin != end:
+                raise ValueError(f"tensor {name} begins at byte {begin} of the data, but the one before ends at {end}")
+            end = begin + info.num_bytes
+        tensors = {name: info for name, (info, _) in parsed.items()}
+        begins = {name: data_start + begin for name, (_, begin) in parsed.items()}
+        return cls(text, tensors, begins, data_start + end)
 
     @classmethod
     def build(cls, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> Header:
@@ -103,6 +100,21 @@ class Header:
     @property
     def metadata(self) -> dict[str, str] | None:
         return json.loads(self.text).get("__metadata__")
+
+
+def _parse_entry(name: str, entry: Any) -> tuple[TensorInfo, int]:
+    """What it is, and where it begins in the data. ValueError, KeyError or TypeError for anything else."""
+    dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPES:
+        raise ValueError(f"tensor {name} is of dtype {dtype}; known are {', '.join(DTYPES)}")
+    if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
+        raise ValueError(
+            f"tensor {name} has shape {shape} and offsets {[first, last]}, which must be whole numbers from 0"
+        )
+    info = TensorInfo(DTYPES[dtype], tuple(shape))
+    if last - first != info.num_bytes:
+        raise ValueError(f"tensor {name} {dtype} {shape} takes {info.num_bytes} bytes, but has {last - first}")
+    return info, first
 
 
 def read_header(path: Path) -> Header:

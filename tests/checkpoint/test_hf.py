@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import stat
+import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors
 import torch
 from transformers import AutoModelForCausalLM
 
 from drpo_megatron.checkpoint.hf import INDEX_FILE, HFCheckpoint, tensor_checksum, write_hf_checkpoint
+from drpo_megatron.checkpoint.safetensors_file import Header
 from tests.tiny import save_checkpoint, tiny_moe_config
 
 
@@ -80,6 +84,45 @@ def test_damage_is_named(source: Path, tmp_path: Path) -> None:
         HFCheckpoint(source)
     (source / "config.json").unlink()
     with pytest.raises(ValueError, match="no config.json"):
+        HFCheckpoint(source)
+
+
+def entry(begin: int, end: int, **changes: Any) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": [(end - begin) // 4], "data_offsets": [begin, end]} | changes
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"a": entry(0, 8), "b": entry(4, 12)}, "tensor b begins at byte 4 of the data, but the one before ends at 8"),
+        ({"a": entry(0, 8), "b": entry(0, 8)}, "tensor b begins at byte 0 of the data, but the one before ends at 8"),
+        ({"a": entry(0, 4), "b": entry(8, 12)}, "tensor b begins at byte 8 of the data, but the one before ends at 4"),
+        ({"a": entry(4, 12)}, "tensor a begins at byte 4 of the data, but the one before ends at 0"),
+        ({"a": entry(0, 8, shape=[-1, -2])}, "tensor a has shape .* must be whole numbers from 0"),
+        ({"a": entry(0, 8, shape=[2.0])}, "tensor a has shape .* must be whole numbers from 0"),
+        ({"a": entry(0, 8, shape=[3])}, "tensor a F32 .3. takes 12 bytes, but has 8"),
+        ({"a": entry(0, 8, dtype="F4")}, "tensor a is of dtype F4; known are F64"),
+        ({"a": entry(0, 8, shape=None)}, "its header is damaged"),
+        ({"a": {"dtype": "F32"}}, "its header is damaged"),
+        ({"__metadata__": [], "a": entry(0, 8)}, "its header is damaged"),
+        (["a"], "its header is damaged"),
+        ("x", "its header is damaged"),
+    ],
+)
+def test_headers_that_safetensors_would_not_write_are_refused(header: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Header.parse(json.dumps(header))
+    with pytest.raises(Exception, match=r".+"):  # Neither does the library itself take any of them.
+        entries = header.values() if isinstance(header, dict) else ()
+        size = max((e["data_offsets"][1] for e in entries if "data_offsets" in e), default=0)
+        text = json.dumps(header).encode()
+        safetensors.deserialize(struct.pack("<Q", len(text)) + text + bytes(size))
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000, '{"weight_map": []}', '{"weight_map": {"a": 3}}', '"x"'])
+def test_an_index_of_another_shape_is_named(source: Path, text: str) -> None:
+    (source / INDEX_FILE).write_text(text)
+    with pytest.raises(ValueError, match=INDEX_FILE):
         HFCheckpoint(source)
 
 
