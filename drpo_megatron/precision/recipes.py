@@ -271,6 +271,27 @@ def transformer_engine_recipe(recipe: Recipe) -> Any:
     return getattr(recipes, recipe.engine.recipe)(**arguments)
 
 
+def transformer_engine_linear(recipe: Recipe, outputs: int, inputs: int) -> Any:
+    """(x, w) -> y by a linear layer of Transformer Engine under the recipe, BF16; its weights become w's, which gets their
+    gradient. One layer over all calls: delayed scaling remembers.
+    """
+    import transformer_engine.pytorch as te
+
+    linear = te.Linear(inputs, outputs, bias=False, params_dtype=torch.bfloat16, device="cuda")
+    engine_recipe = transformer_engine_recipe(recipe)
+
+    def multiply(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            linear.weight.copy_(w)
+        linear.weight.grad = None
+        linear.weight.register_post_accumulate_grad_hook(lambda weight: setattr(w, "grad", weight.grad))
+        with te.fp8_autocast(enabled=True, fp8_recipe=engine_recipe):
+            y: torch.Tensor = linear(x)
+        return y
+
+    return multiply
+
+
 def _version(text: str) -> tuple[int, int]:
     numbers = [int(number) for number in re.findall(r"\d+", text)] + [0, 0]
     return numbers[0], numbers[1]

@@ -177,8 +177,18 @@ def _steps(
         dist.barrier()
 
 
-def step_config(settings: Settings, hf_path: str, parallel: dict[str, Any], dtype: str, **sections: Any) -> Config:
-    """Without sharded optimizer states every data-parallel rank has the whole gradient; clipping would scale it."""
+def step_config(
+    settings: Settings,
+    hf_path: str,
+    parallel: dict[str, Any],
+    dtype: str,
+    max_response: int = _MAX_RESPONSE,
+    max_tokens: int = 256,
+) -> Config:
+    """One optimiser step a rollout.
+
+    Without sharded optimizer states every data-parallel rank has the whole gradient; clipping would scale it.
+    """
     raw: dict[str, Any] = {
         "run": {"name": "step", "num_steps": 8},
         "model": {"hf_path": hf_path},
@@ -189,14 +199,14 @@ def step_config(settings: Settings, hf_path: str, parallel: dict[str, Any], dtyp
             "dtype": dtype,
             "aggregation": AGGREGATION,
             "optimizer_steps_per_rollout": 1,
-            "max_tokens_per_micro_batch": 256,
+            "max_tokens_per_micro_batch": max_tokens,
             "optimizer": {"lr": 1e-3, "distributed": False, "clip_grad": 1e9},
         },
-        "rollout": {"prompts_per_step": 3, "samples_per_prompt": 4, "max_response_tokens": _MAX_RESPONSE},
+        "rollout": {"prompts_per_step": 3, "samples_per_prompt": 4, "max_response_tokens": max_response},
         "data": {"train": "-"},
         "reward": {"name": "arithmetic"},
     }
-    return Config.model_validate(raw | sections)
+    return Config.model_validate(raw)
 
 
 def training_step(config: Config) -> Step:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from drpo_megatron.doctor.accept.identity import differences
-from drpo_megatron.doctor.accept.stage import Outcome, Settings, Stage, write_whole
+from drpo_megatron.doctor.accept.stage import Outcome, Settings, Stage
+from drpo_megatron.files import write_text
 
 FORMAT = 1
 _SIGNS = {"pass": "pass", "fail": "**fail**", "skipped": "skipped"}
@@ -73,8 +74,8 @@ class Report:
             "settings": asdict(self.settings),
             "stages": {s.name: self.outcomes[s.name].as_dict() for s in stages if s.name in self.outcomes},
         }
-        write_whole(self.json_file, json.dumps(fields, indent=2) + "\n")
-        write_whole(self.markdown_file, self.to_markdown(stages))
+        write_text(self.json_file, json.dumps(fields, indent=2) + "\n")
+        write_text(self.markdown_file, self.to_markdown(stages))
 
     def to_markdown(self, stages: Sequence[Stage]) -> str:
         devices = self.identity["devices"]

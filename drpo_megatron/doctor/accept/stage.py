@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from drpo_megatron.files import write_text
+
 Status = Literal["pass", "fail", "skipped"]
-
-
-def write_whole(file: Path, text: str) -> None:
-    """The file has the old text or the new one, whenever it is looked at."""
-    scratch = file.with_name(f".{file.name}.writing")
-    with scratch.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    scratch.replace(file)
 
 
 class Skip(Exception):
@@ -158,7 +149,7 @@ class Results:
             "checks": [asdict(check) for check in self.checks],
             "figures": self.figures,
         }
-        write_whole(self.file, json.dumps(fields))
+        write_text(self.file, json.dumps(fields))
 
 
 def read_outcome(file: Path, interruption: str) -> Outcome:
