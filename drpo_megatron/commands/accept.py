@@ -154,7 +154,8 @@ def _headline(report: Report) -> str:
     devices = report.identity["devices"]
     what = ", ".join(f"{devices.count(kind)} x {kind}" for kind in dict.fromkeys(devices)) or "no GPU"
     settings = report.settings
-    return f"{report.identity['host']}: {what}; stages run on {settings.num_devices} {settings.device}(s), size {settings.size}"
+    line = f"{report.identity['host']}: {what}; stages run on {settings.num_devices} {settings.device}(s), size {settings.size}"
+    return line if settings.device == "gpu" else f"{line}: this proves nothing of a GPU"
 
 
 def _print_list(report: Report) -> None:

@@ -184,6 +184,7 @@ def step_config(
     dtype: str,
     max_response: int = _MAX_RESPONSE,
     max_tokens: int = 256,
+    precision: dict[str, Any] | None = None,
 ) -> Config:
     """One optimiser step a rollout.
 
@@ -205,6 +206,7 @@ def step_config(
         "rollout": {"prompts_per_step": 3, "samples_per_prompt": 4, "max_response_tokens": max_response},
         "data": {"train": "-"},
         "reward": {"name": "arithmetic"},
+        "precision": precision or {},
     }
     return Config.model_validate(raw)
 

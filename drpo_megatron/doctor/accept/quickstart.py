@@ -21,8 +21,8 @@ from drpo_megatron.precision.recipes import TRAIN_RECIPES, find_hardware, what_i
 LEAST_GAIN = 0.05
 """Of the share of right answers, from before RL to its end: more than twice the noise of 800 samples. On a CPU the
 example gains about 0.45 in 110 steps."""
-_FP8_TRAINING = ("fp8-blockwise", "mxfp8", "fp8-tensorwise", "fp8-delayed")
-"""The first that the hardware has."""
+_FP8_TRAINING = ("fp8-tensorwise", "fp8-delayed")
+"""The first that the hardware has. The others' blocks of 32 and 128 don't fit the example's small matrices."""
 
 
 def run(settings: Settings, results: Results) -> None:

@@ -1,5 +1,7 @@
-"""Each low-precision recipe: its emulation is as far from the exact product as its formats are wide, on this device as on
-the CPU; and Transformer Engine computes what is emulated, where the hardware can.
+"""Each low-precision recipe, in one product and in one training step.
+
+The emulation is as far from the exact product as its formats are wide, on this device as on the CPU; and Transformer
+Engine computes what is emulated, where the hardware can.
 """
 
 from __future__ import annotations
@@ -7,11 +9,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from drpo_megatron.doctor.accept.ranks import run_ranks
+from drpo_megatron.doctor.accept.layouts import step_config, training_step
+from drpo_megatron.doctor.accept.models import Step, save_model, small_moe
+from drpo_megatron.doctor.accept.ranks import TIMEOUT_S, run_ranks
 from drpo_megatron.doctor.accept.stage import Results, Settings, Skip
 from drpo_megatron.precision.quantize import Format, Noise
 from drpo_megatron.precision.recipes import (
@@ -30,19 +35,59 @@ ENGINE_SHARE, STOCHASTIC_SHARE, ENGINE_FLOOR = 0.5, 1.5, 0.01
 """How far Transformer Engine may be from the emulation, as a share of the emulation's distance from the exact product. It
 rounds NVFP4 gradients stochastically, after a random Hadamard transform: two errors, not one."""
 
+STEP_FACTOR = 1.5
+"""The same for the gradients of a whole model: two independent roundings of one size are 1.41 of it apart."""
+_OF_TINY = "fp8-blockwise"
+
 Layer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(x [tokens, inputs], w [outputs, inputs]) -> y."""
 
 
 def run(settings: Settings, results: Results) -> None:
-    found = run_ranks(settings, 1, _measure)[0]
-    for check in found:
+    os.environ[FP32_SCALES] = "1"  # As a trainer rank of the blockwise recipe is started.
+    for check in run_ranks(settings, 1, _measure)[0]:
         getattr(results, check[0])(*check[1:])
+    hf_path = str(save_model(Path(settings.scratch, "model"), small_moe(settings.is_tiny)))
+    plain = run_ranks(settings, 1, _train, hf_path, {})[0]
+    for name, recipe in TRAIN_RECIPES.items():
+        if recipe.engine is None or (settings.is_tiny and name != _OF_TINY):
+            continue
+        try:
+            _compare_steps(settings, results, recipe, hf_path, plain)
+        except Exception as error:  # Whatever a rank may raise is this recipe's finding.
+            results.failed(f"{name}: training step", str(error).strip()[-1500:])
+
+
+def _compare_steps(settings: Settings, results: Results, recipe: Recipe, hf_path: str, plain: Step) -> None:
+    """Each in a process of its own: Transformer Engine keeps its state for the life of one."""
+    title = f"{recipe.name}: training step"
+    section = {"train": {"name": recipe.name}}
+    emulated = run_ranks(settings, 1, _train, hf_path, section | {"emulate": True})[0]
+    rounding = emulated.distances(plain)["gradients"]
+    if 0.0 < rounding < 1.0:
+        results.passed(f"{title}, emulated", f"gradients are {rounding:.2g} from the unquantised ones")
+    else:
+        results.failed(f"{title}, emulated", f"gradients are {rounding:.2g} from the unquantised ones")
+    assert recipe.engine is not None
+    real_title = f"{title}, Transformer Engine's gradients from the emulated ones"
+    if missing := what_is_missing(recipe.engine, find_hardware(settings.device)):
+        results.skipped(real_title, "; ".join(missing))
+        return
+    real = run_ranks(settings, 1, _train, hf_path, section | {"emulate": False})[0]
+    results.at_most(real_title, real.distances(emulated)["gradients"], STEP_FACTOR * rounding)
+
+
+def _train(settings: Settings, rank: int, store: Any, hf_path: str, precision: dict[str, Any]) -> Step:
+    from drpo_megatron.trainer.setup import initialize_distributed
+
+    dtype = "fp32" if settings.device == "cpu" else "bf16"
+    config = step_config(settings, hf_path, {"num_ranks": 1}, dtype, precision=precision)
+    initialize_distributed(config, rank, 1, store, TIMEOUT_S)
+    return training_step(config)
 
 
 def _measure(settings: Settings, rank: int, store: Any) -> list[tuple[Any, ...]]:
     """Arguments of calls to `Results`, the method's name first."""
-    os.environ[FP32_SCALES] = "1"  # As a trainer rank of the blockwise recipe is started.
     from drpo_megatron.trainer.platform import activate
 
     platform = activate(settings.device)

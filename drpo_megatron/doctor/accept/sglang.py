@@ -30,7 +30,7 @@ from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
 from drpo_megatron.rollout.low_precision import RoundedActivations
 from drpo_megatron.rollout.model_slots import checkpoint_slots
 from drpo_megatron.rollout.sglang_engine import SGLangEngine
-from drpo_megatron.rollout.sglang_server import ServerKeeper, SGLangServer, server_flags
+from drpo_megatron.rollout.sglang_server import ServerFailure, ServerKeeper, SGLangServer, server_flags
 from drpo_megatron.weight_sync import publish
 
 FP32_LIMIT = 1e-4
@@ -60,10 +60,13 @@ def run(settings: Settings, results: Results) -> None:
     hf_path = save_model(scratch / "model", small_moe(settings.is_tiny))
     versions = itertools.count(1)
     for kind in _kinds(settings, hf_path, results):
-        with _server(settings, kind, hf_path, scratch / f"server-{kind.title}.log") as server:
-            for way, fields in _ways(settings, kind, results):
-                _sync(settings, results, kind, server, hf_path, way, fields, next(versions))
-            _memory(settings, results, kind, server, hf_path, versions)
+        try:
+            with _server(settings, kind, hf_path, scratch / f"server-{kind.title}.log") as server:
+                for way, fields in _ways(settings, kind, results):
+                    _sync(settings, results, kind, server, hf_path, way, fields, next(versions))
+                _memory(settings, results, kind, server, hf_path, versions)
+        except ServerFailure as failure:
+            results.failed(f"{kind.title}: server", str(failure))
 
 
 def _kinds(settings: Settings, hf_path: Path, results: Results) -> Iterator[Kind]:
