@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import drpo_megatron
+from drpo_megatron.doctor.software import nccl_version
 
 _PACKAGES = (
     "torch",
@@ -44,7 +45,7 @@ def identity(sglang_python: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not there"
     versions["CUDA"] = torch.version.cuda or "not there"
-    versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version())) if count else "not there"
+    versions["NCCL"] = nccl_version() or "not there"
     versions["driver"] = _driver() if count else "not there"
     for package, version in _ask_sglang(sglang_python).items():
         versions[f"SGLang's {package}" if package != "sglang" else "sglang"] = version

@@ -46,6 +46,7 @@ def _pretend() -> None:
     import torch
 
     torch.cuda.device_count = lambda: 2  # Each rank's is its cuda:0.
+    torch.cuda.nccl.version = lambda: (2, 29, 0)
     sys.meta_path.insert(0, _AfterTrainer())
 
 
