@@ -25,3 +25,8 @@ def mounted(directory: Path, num_bytes: int) -> Iterator[Path]:
         yield directory
     finally:
         subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def resize(directory: Path, num_bytes: int) -> None:
+    """Of one that is mounted, while it is in use."""
+    subprocess.run(["mount", "-o", f"remount,size={num_bytes}", str(directory)], check=True)

@@ -10,6 +10,7 @@ import pytest
 from drpo_megatron.config.sections import MetricsSection, WandbSection
 from drpo_megatron.plots import draw_training
 from drpo_megatron.sinks import METRICS_FILE, JsonLines, MetricsLogger, headline, read_metrics
+from tests.disks import mounted, resize
 
 STEP = {
     "reward/mean": 0.5,
@@ -40,6 +41,39 @@ def test_resume_drops_the_steps_after_the_checkpoint_and_a_cut_line(tmp_path: Pa
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[2]["reward/mean"] == 0.9
     assert rows[0]["throughput/train_tokens_per_s"] is None  # JSON has no NaN
+
+
+def test_what_is_measured_afterwards_stands_in_the_same_line(tmp_path: Path) -> None:
+    path = tmp_path / METRICS_FILE
+    sink = JsonLines(path, None)
+    sink.log(1, STEP)
+    sink.log(2, STEP)
+    sink.amend(2, {"eval/accuracy": 0.75, "time/eval_s": 2.0})
+    sink.close()
+    sink = JsonLines(path, 2)  # A run that was broken off before its evaluation makes up for it.
+    sink.amend(2, {"eval/accuracy": 0.5})
+    sink.amend(3, {"eval/accuracy": 0.25})
+    sink.log(4, STEP)
+    sink.close()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row.get("eval/accuracy") for row in rows] == [None, 0.5, 0.25, None]
+    assert rows[1]["reward/mean"] == 0.5 and rows[1]["time/eval_s"] == 2.0
+
+
+def test_rows_wait_while_the_disk_is_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with mounted(tmp_path / "disk", 8192) as disk:
+        sink = JsonLines(disk / METRICS_FILE, None)
+        for step in range(60):
+            sink.log(step, STEP)
+        said = capsys.readouterr().out
+        assert said.count("warning: can't write") == 1 and "No space left on device" in said
+        before = [row["step"] for row in read_metrics(disk / METRICS_FILE)]
+        assert before == list(range(len(before))) and 0 < len(before) < 60
+        resize(disk, 2**20)
+        sink.log(60, STEP)
+        sink.close()
+        assert [row["step"] for row in read_metrics(disk / METRICS_FILE)] == list(range(61))
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ what happens by accident; it is no signature. `tools/benchmark_checkpoint.py` me
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import mmap
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from drpo_megatron.files import write_text
 from drpo_megatron.paths import inside
 
 CHECKSUMS_FILE = "checksums.json"
-_CHUNK_BYTES = 2**22
+_CHUNK_BYTES = 2**20
 _NUM_THREADS = 4
 """Reading and hashing release the interpreter's lock."""
 
@@ -31,6 +32,7 @@ class FileSum:
 
 
 def sum_of(path: Path) -> FileSum:
+    """By reading: an error of the disk is an OSError."""
     digest, buffer, total = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK_BYTES)), 0
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -39,10 +41,21 @@ def sum_of(path: Path) -> FileSum:
     return FileSum(total, digest.hexdigest())
 
 
-def sums_of(directory: Path, names: Iterable[str]) -> dict[str, FileSum]:
+def sum_of_new(path: Path) -> FileSum:
+    """Of a file that was just written, whose pages are in memory: hashed where they are, at twice the speed."""
+    size = path.stat().st_size
+    if size == 0:
+        return sum_of(path)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return FileSum(size, xxhash.xxh3_128_hexdigest(content))
+
+
+def sums_of(
+    directory: Path, names: Iterable[str], sum_one: Callable[[Path], FileSum] = sum_of_new
+) -> dict[str, FileSum]:
     wanted = list(names)
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        return dict(zip(wanted, pool.map(lambda name: sum_of(directory / name), wanted), strict=True))
+        return dict(zip(wanted, pool.map(lambda name: sum_one(directory / name), wanted), strict=True))
 
 
 def write_checksums(directory: Path, sums: Mapping[str, FileSum]) -> None:
@@ -84,7 +97,7 @@ def damaged(directory: Path, sums: Mapping[str, FileSum]) -> list[str]:
     if problems := missing_or_cut(directory, sums):
         return problems
     try:
-        found = sums_of(directory, sums)
+        found = sums_of(directory, sums, sum_of)
     except OSError as error:
         return [f"{error.filename or directory} can't be read: {error.strerror or error}"]
     return [

@@ -8,16 +8,20 @@ Beside the command line the only module that touches environment variables.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray._raylet import AuthenticationTokenLoader
+from ray._raylet import Config as RayConfig
 
 from drpo_megatron.config import Config
 from drpo_megatron.config.sections import SGLangEngineSection
@@ -32,7 +36,7 @@ from drpo_megatron.orchestration.placement import (
     rank_spots,
     ranks_have_gpus,
 )
-from drpo_megatron.orchestration.signals import held
+from drpo_megatron.orchestration.signals import STOP_SIGNALS, held
 from drpo_megatron.orchestration.workers import (
     ActorGroup,
     Call,
@@ -44,7 +48,7 @@ from drpo_megatron.orchestration.workers import (
 )
 from drpo_megatron.precision.recipes import environment as precision_environment
 
-_CONSOLE_POPEN = ray._private.services.ConsolePopen
+_CONSOLE_POPEN: Any = ray._private.services.ConsolePopen
 _CALLS_AT_ONCE = 16
 """Of the engine in front of SGLang servers: rollouts of several steps, new weights in between, pings."""
 _RAY_ATTEMPTS = 4
@@ -79,22 +83,59 @@ def _ray(config: Config, numbers: Numbers) -> Iterator[None]:
     ray._private.worker.listen_error_messages = lambda worker, stopped: None
     # ray/_private/node.py:667 and worker.py:1679 would take SIGTERM: ours saves, or says how to continue.
     ray._private.utils.set_sigterm_handler = lambda handler: None
-    # ray/_private/services.py:1071: signals to the driver's process group (`timeout`, a closed terminal) end Ray, too.
-    ray._private.services.ConsolePopen = partial(_CONSOLE_POPEN, process_group=0)
+    # ray/_private/services.py:1071: signals to the driver's process group (`timeout`, a closed terminal) would end Ray.
+    ray._private.services.ConsolePopen = _OwnGroup
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # The default says at length that it will change.
     try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        with _stop_signals_wait():
+            if temporary is None:
+                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            else:
+                _let_in_who_has_the_token(Path(temporary))
+                _start_ray(max(os.cpu_count() or 1, sum(numbers)), temporary)
+        if temporary is None:
             _wait_for_machines(config.cluster.num_machines, config.cluster.startup_timeout_s)
-        else:
-            _start_ray(max(os.cpu_count() or 1, sum(numbers)), temporary)
         yield
     finally:
         with held():  # A second Ctrl-C must not leave processes behind.
             ray.shutdown()
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _OwnGroup(_CONSOLE_POPEN):
+    """A process of Ray's, with no signal blocked, and out of reach of those to the driver's process group."""
+
+    def __init__(self, *args: Any, preexec_fn: Callable[[], None], **options: Any) -> None:
+        def prepare() -> None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            preexec_fn()
+
+        super().__init__(*args, preexec_fn=prepare, process_group=0, **options)
+
+
+@contextmanager
+def _stop_signals_wait() -> Iterator[None]:
+    """Until Ray has started: it puts a handler of its own in place of that for SIGTERM, which ends the process."""
+    handler = signal.getsignal(signal.SIGTERM)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _let_in_who_has_the_token(directory: Path) -> None:
+    """Into our Ray. By itself it would keep a token in HOME, which may not be writable."""
+    token = directory / "auth_token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32), encoding="utf-8")
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    RayConfig.initialize("")  # Both are read once, and may have been for another Ray.
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _start_ray(num_cpus: int, temporary: str | None) -> None:

@@ -98,8 +98,17 @@ def build_layout(parallel: ParallelSection, seed: int, timeout_s: float = 3600.0
         create_gloo_process_groups=_has_gloo(),
         distributed_timeout_minutes=timeout_s / 60,  # Its own default is 30 minutes, whatever the default group has.
     )
+    if _has_gloo():
+        _limit_every_group(timedelta(seconds=timeout_s))
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 1000 * parallel_state.get_pipeline_model_parallel_rank())
     return Layout(ProcessGroupCollection.use_mpu_process_groups(), parallel, token_multiple)
+
+
+def _limit_every_group(timeout: timedelta) -> None:
+    """parallel_state.py:1278 (megatron-core 0.16.1) makes the experts' gloo groups without the time-out it was given."""
+    for group in dist.distributed_c10d._world.pg_map:
+        if group is not dist.group.WORLD:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _has_gloo() -> bool:

@@ -42,24 +42,32 @@ def prepare(directory: Path, **sections: Any) -> Path:
         "checkpoint": {"every": 2},
         "rollout": {"max_response_tokens": 6},
     }
-    sections = {name: defaults.get(name, {}) | sections.get(name, {}) for name in defaults | sections}
+    left_out = [name for name, section in sections.items() if section is None]
+    sections = {
+        name: defaults.get(name, {}) | sections.get(name, {}) for name in defaults | sections if name not in left_out
+    }
     config = tiny_config("model", **sections)
     file = directory / "run.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     return file
 
 
-def start(directory: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`drpo-megatron ARGUMENTS` in `directory`, in a process group of its own, output in `output.txt` there."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def start(directory: Path, *arguments: str, piped: bool = False, **variables: str) -> subprocess.Popen[str]:
+    """`drpo-megatron ARGUMENTS` in `directory`, in a process group of its own, output in `output.txt` there.
+
+    Args:
+        piped: its output is read from the process's pipes instead.
+        variables: of its environment.
+    """
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
     command = [sys.executable, "-m", "drpo_megatron.cli", *arguments]
     with (directory / "output.txt").open("w") as output:
         return subprocess.Popen(
             command,
             cwd=directory,
             env=environment,
-            stdout=output,
-            stderr=output,
+            stdout=subprocess.PIPE if piped else output,
+            stderr=subprocess.PIPE if piped else output,
             text=True,
             start_new_session=True,
             preexec_fn=_heed_ctrl_c,

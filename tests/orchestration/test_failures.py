@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from tests.orchestration import command
 
 # Engines draw while ranks train, so that whatever dies or is interrupted has company at work.
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(command.ROOT), "OMP_NUM_THREADS": "1"}
 _LONG = {
     "run": {"run_dir": "run", "num_steps": 100_000},
     "rollout": {"max_response_tokens": 6, "max_staleness": 1},
@@ -55,6 +58,10 @@ def test_an_interrupted_run_leaves_no_process(tmp_path: Path) -> None:
     command.wait_for_step(process, tmp_path, 3)
     processes = command.descendants(process)
     assert len(processes) > 3
+    arguments = [sys.executable, "-m", "drpo_megatron.cli", "train", "--resume", "run"]
+    second = subprocess.run(arguments, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert second.returncode == 2
+    assert f"run is in use by process {process.pid} on {os.uname().nodename}, since " in second.stderr
     os.killpg(process.pid, signal.SIGINT)  # What a terminal does on Ctrl-C.
     code, output = command.finish(process, tmp_path, timeout_s=30)
     assert code == 130

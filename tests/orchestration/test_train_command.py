@@ -123,12 +123,19 @@ def test_a_run_starts_where_another_one_ended(finished: Path, tmp_path: Path) ->
     assert after["mismatch/abs_prob_shift/max"] < 1e-4
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_by_bit(finished: Path, tmp_path: Path) -> None:
+def test_a_requeued_run_falls_back_and_equals_the_uninterrupted_one_bit_by_bit(finished: Path, tmp_path: Path) -> None:
+    """The newest checkpoint has one flipped bit; Slurm has requeued the job, so the one before it is taken."""
     directory = shutil.copytree(finished, tmp_path / "resumed")
-    shutil.rmtree(directory / "run" / "checkpoints" / "step_000004")
     shutil.rmtree(directory / "run" / "hf")
-    code, output = command.run(directory, "train", "--resume", "run")
+    shard = directory / "run" / "checkpoints" / "step_000004" / "trainer" / "__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    process = command.start(directory, "train", "--resume", "run", SLURM_RESTART_COUNT="1")
+    code, output = command.finish(process, directory)
     assert code == 0, output
+    assert "step_000004/trainer/__0_0.distcp is damaged: its checksum is" in output
+    assert "Continuing from step_000002; the damaged one is kept as damaged-step_000004-" in output
     expected, resumed = command.metrics(finished / "run"), command.metrics(directory / "run")
     assert [row["step"] for row in resumed] == [0, 1, 2, 3, 4]
     for row, other in zip(expected, resumed, strict=True):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.disks import mounted
 from tests.distributed import run_ranks
 from tests.tiny import random_samples, save_checkpoint, tiny_config, tiny_moe_config
 
@@ -104,3 +107,92 @@ def test_a_directory_without_a_finished_checkpoint_is_refused(tmp_path: Path) ->
     (tmp_path / "trainer.json").write_text('{"counters": ')
     with pytest.raises(ValueError, match="is damaged"):
         read_counters(tmp_path)
+
+
+def time_limits(rank: int, world_size: int, hf_path: str, parallel: dict[str, Any], limit_s: float) -> Any:
+    """Of every process group that there is once a trainer trains; and how a collective ends that waits for nobody."""
+    import time
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    from drpo_megatron.trainer.platform import activate
+
+    activate("cpu")
+    from drpo_megatron.trainer.trainer import Trainer
+
+    trainer = Trainer(tiny_config(hf_path, parallel, cluster={"step_timeout_s": limit_s}))
+    trainer.train_step(random_samples(8, seed=1))
+    world = dist.distributed_c10d._world
+    limits = [
+        group._get_backend(torch.device("cpu")).options._timeout for group in world.pg_map if group != dist.group.WORLD
+    ]
+    error, started = "", time.monotonic()
+    if rank == 0:  # The others don't come.
+        try:
+            dist.all_reduce(torch.zeros(1), group=trainer.layout.tp)
+        except RuntimeError as caught:
+            error = str(caught)
+    else:
+        time.sleep(3 * limit_s)
+    return [limit == timedelta(seconds=limit_s) for limit in limits], error, time.monotonic() - started
+
+
+def test_a_collective_of_any_group_waits_no_longer_than_the_step_time_out(saved: tuple[str, str, Any]) -> None:
+    [(limits, error, seconds), (others, _, _)] = run_ranks(2, time_limits, saved[0], TP2EP2, 4.0, timeout_s=600)
+    assert len(limits) > 5 and all(limits) and all(others)
+    assert "Timed out waiting 4000ms" in error and seconds >= 4.0
+
+
+def saves_without_room(rank: int, world_size: int, hf_path: str, disk: str, room: str) -> Any:
+    """What saving says on a disk that is full, twice: found before, and met while the shards are written."""
+    import torch.distributed as dist
+
+    from drpo_megatron.trainer.platform import activate
+
+    activate("cpu")
+    from drpo_megatron.checkpoint import megatron
+    from drpo_megatron.trainer.trainer import Trainer
+
+    trainer = Trainer(tiny_config(hf_path, TP2EP2))
+    trainer.train_step(random_samples(8, seed=1))
+    before = trainer.save_checkpoint(Path(disk) / "before")
+    dist.barrier()
+    megatron.require_free_space = lambda directory, num_bytes: None  # Somebody else fills it after the look.
+    meanwhile = trainer.save_checkpoint(Path(disk) / "meanwhile")
+    afterwards = trainer.save_checkpoint(Path(room) / "afterwards")
+    return before, meanwhile, afterwards, trainer.verify_checkpoint(Path(room) / "afterwards")
+
+
+def test_ranks_on_a_full_disk_agree_on_why_and_go_on(saved: tuple[str, str, Any], tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", 200_000) as disk:
+        first, second = run_ranks(2, saves_without_room, saved[0], str(disk), str(tmp_path), timeout_s=600)
+    assert first == second
+    before, meanwhile, afterwards, damage = first
+    assert re.fullmatch(rf"{disk}/before has [\d,]+ bytes of disk free, but [\d,]+ are needed; free some, .*", before)
+    assert re.fullmatch(
+        rf"can't write {disk}/meanwhile.*: No space left on device \([\d,]+ bytes are free\); .*", meanwhile
+    )
+    assert afterwards is None and damage == []
+
+
+def finds_damage(rank: int, world_size: int, directory: str) -> list[str]:
+    from drpo_megatron.trainer.platform import activate
+
+    activate("cpu")
+    from drpo_megatron.checkpoint.megatron import find_damage
+
+    return find_damage(Path(directory))
+
+
+def test_a_flipped_bit_in_any_file_is_found_by_all_ranks(saved: tuple[str, str, Any], tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(saved[1], tmp_path / "checkpoint")
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != "checksums.json")
+    assert {".metadata", "common.pt", "trainer.json", "__0_0.distcp", "__1_0.distcp"} <= {path.name for path in files}
+    for path in files:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 3] ^= 16
+        path.write_bytes(content)
+    found, other = run_ranks(2, finds_damage, str(checkpoint), timeout_s=600)
+    assert other == found
+    assert sorted(text.partition(" is damaged: ")[0] for text in found) == [str(path) for path in files]
