@@ -7,13 +7,16 @@
 
     assert run_ranks(2, all_reduced, 10.0) == [10.0, 10.0]
 
-The function lives at the top of a test module, because the ranks import it by name. Ranks that outlive a failure or
-the time limit are killed together with the processes they started.
+The function lives at the top of a test module, because the ranks import it by name. Processes are kept for the next call:
+importing torch and Megatron costs more than most tests. One that failed, or whose environment the function changed, is
+not used again. Ranks that outlive a failure or the time limit are killed together with the processes they started.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import sys
@@ -21,9 +24,10 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -33,72 +37,142 @@ import pytest
 import torch
 import torch.distributed as dist
 
+_MAX_BYTES = 3 * 2**30
+"""A rank that holds more is not kept."""
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
-    """Call `function(rank, world_size, *args)` on `world_size` gloo ranks, in spawned processes.
+
+@dataclass(frozen=True)
+class _Rank:
+    process: BaseProcess
+    connection: Connection
+
+
+_idle: list[_Rank] = []
+
+
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 300.0, fresh: bool = False
+) -> list[Any]:
+    """Call `function(rank, world_size, *args)` on `world_size` gloo ranks, in processes of their own.
 
     The default process group is initialised before the call and destroyed after it. Each rank runs one thread.
+    fresh: in new processes, which end with the call. For functions that patch what they import, or end their process.
 
     Returns: the value of every rank, in rank order (saved with torch.save: tensors, containers, picklable objects).
     Raises: RuntimeError with the rank and the traceback of the first rank that failed; TimeoutError after timeout_s.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as scratch:
-        context = multiprocessing.get_context("spawn")
-        ranks: list[BaseProcess] = []
+        ranks: list[_Rank] = []
         try:
-            with pytest.MonkeyPatch.context() as patch:
-                for name, value in _rank_environment().items():
-                    patch.setenv(name, value)
-                for rank in range(world_size):
-                    arguments = (rank, world_size, scratch, timeout_s, function, args)
-                    process = context.Process(target=_rank_main, args=arguments, name=f"rank{rank}")
-                    process.start()
-                    ranks.append(process)
-            _wait_for_all(ranks, Path(scratch), timeout_s)
-        finally:
+            while len(ranks) < world_size:
+                ranks.append(_take(fresh))
+            for rank, taken in enumerate(ranks):
+                with contextlib.suppress(OSError):  # It died; the wait below says so.
+                    taken.connection.send((rank, world_size, scratch, timeout_s, function, args))
+            kept = _wait_for_all(ranks, Path(scratch), timeout_s)
+        except BaseException:
             _kill(ranks)
+            raise
+        _kill([taken for taken in ranks if fresh or taken not in kept])
+        _idle.extend(taken for taken in kept if not fresh)
         return [torch.load(_result_path(scratch, rank), weights_only=False) for rank in range(world_size)]
 
 
-def _wait_for_all(ranks: list[BaseProcess], scratch: Path, timeout_s: float) -> None:
+def _take(fresh: bool) -> _Rank:
+    while _idle and not fresh:
+        taken = _idle.pop()
+        if taken.process.is_alive():
+            return taken
+        _kill([taken])
+    context = multiprocessing.get_context("spawn")
+    ours, its = context.Pipe()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in _rank_environment().items():
+            patch.setenv(name, value)
+        process = context.Process(target=_rank_main, args=(its,))
+        process.start()
+    its.close()
+    return _Rank(process, ours)
+
+
+def _wait_for_all(ranks: list[_Rank], scratch: Path, timeout_s: float) -> list[_Rank]:
+    """Those that can be used again."""
     deadline = time.monotonic() + timeout_s
-    running = {process.sentinel: process for process in ranks}
+    running, kept = dict(enumerate(ranks)), []
     while running:
-        for sentinel in wait(list(running), timeout=max(0.0, deadline - time.monotonic())):
-            del running[sentinel]  # type: ignore[arg-type]
-        failed = [rank for rank, process in enumerate(ranks) if process.exitcode not in (None, 0)]
-        if failed:
-            raise RuntimeError(_first_failure(ranks, failed, scratch))
+        wait([taken.connection for taken in running.values()], timeout=max(0.0, deadline - time.monotonic()))
+        for rank, taken in list(running.items()):
+            if not taken.connection.poll():
+                continue
+            try:
+                if taken.connection.recv():
+                    kept.append(taken)
+            except (EOFError, OSError):
+                taken.process.join(10)
+                raise RuntimeError(_first_failure(ranks, scratch)) from None
+            del running[rank]
         if running and time.monotonic() >= deadline:
-            names = ", ".join(process.name for process in running.values())
+            names = ", ".join(f"rank{rank}" for rank in running)
             raise TimeoutError(f"{names} of {len(ranks)} ranks still ran after timeout_s={timeout_s:g}")
+    return kept
 
 
-def _first_failure(ranks: list[BaseProcess], failed: list[int], scratch: Path) -> str:
+def _first_failure(ranks: list[_Rank], scratch: Path) -> str:
     """The earliest traceback is the cause; the others usually only lost their peer."""
     reports = sorted(scratch.glob("error-*.txt"), key=lambda path: path.stat().st_mtime_ns)
     if reports:
         return f"rank {reports[0].stem.removeprefix('error-')} of {len(ranks)} failed:\n{reports[0].read_text()}"
-    codes = ", ".join(f"rank {rank} exited with {ranks[rank].exitcode}" for rank in failed)
-    return f"{codes} without a traceback"
+    codes = [f"rank {i} exited with {taken.process.exitcode}" for i, taken in enumerate(ranks)]
+    return f"{', '.join(code for code in codes if not code.endswith('None'))} without a traceback"
 
 
-def _kill(ranks: list[BaseProcess]) -> None:
-    for process in ranks:
+def _kill(ranks: list[_Rank]) -> None:
+    for taken in ranks:
+        process = taken.process
         if process.is_alive() and process.pid is not None:
-            for child in psutil.Process(process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
             process.kill()
         process.join()
+        taken.connection.close()
 
 
-def _rank_main(
+@atexit.register
+def _end_idle() -> None:
+    _kill(_idle)
+    _idle.clear()
+
+
+# --- inside a rank ----------------------------------------------------------------------------------------------------
+
+
+def _rank_main(connection: Connection) -> None:
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    for job in _jobs(connection):
+        before = _surroundings()
+        _do(*job)
+        _forget()
+        unchanged = _surroundings() == before and psutil.Process().memory_info().rss < _MAX_BYTES
+        connection.send(unchanged)
+        if not unchanged:
+            return
+
+
+def _jobs(connection: Connection) -> Iterator[Any]:
+    while True:
+        try:
+            yield connection.recv()
+        except EOFError:
+            return
+
+
+def _do(
     rank: int, world_size: int, scratch: str, timeout_s: float, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
-        torch.set_num_threads(1)
         dist.init_process_group(
             "gloo",
             init_method=f"file://{scratch}/rendezvous",
@@ -113,7 +187,30 @@ def _rank_main(
             dist.destroy_process_group()
     except BaseException:
         Path(scratch, f"error-{rank}.txt").write_text(traceback.format_exc())
-        sys.exit(1)
+        os._exit(1)  # Not by way of threads and handlers that the function left: what it left is not to be used.
+
+
+def _surroundings() -> tuple[Any, ...]:
+    """What a function may have changed for the next one. None of these is worth restoring."""
+    platform = sys.modules.get("drpo_megatron.trainer.platform")
+    active = getattr(platform, "_active", None)
+    return (
+        dict(os.environ) | {"TORCHDYNAMO_DISABLE": "1"},  # The CPU platform sets it.
+        os.getcwd(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        "cpu cpu" if active is None else f"{active.name} {active.device}",
+    )
+
+
+def _forget() -> None:
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    if parallel_state is not None:
+        parallel_state.destroy_model_parallel()
+    torch.seed()  # A new process's is another one each time, too: a test that needs one sets it.
+    gc.collect()
 
 
 def _exit_with_parent() -> None:

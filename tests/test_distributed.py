@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 
 import pytest
@@ -39,6 +40,25 @@ def test_failure_names_the_rank_that_failed_first() -> None:
 
 
 def test_ranks_that_hang_are_killed_at_the_time_limit() -> None:
+    before = set(multiprocessing.active_children())
     with pytest.raises(TimeoutError, match="rank0 of 1 ranks still ran after timeout_s=5"):
         run_ranks(1, _never_returns, timeout_s=5)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before
+
+
+def _process_and_variable(rank: int, world_size: int, value: str | None) -> tuple[int, str | None]:
+    before = os.environ.get("OF_A_TEST")
+    if value is not None:
+        os.environ["OF_A_TEST"] = value
+    return os.getpid(), before
+
+
+def test_processes_are_used_again_unless_something_was_left_in_them() -> None:
+    first, again = (run_ranks(2, _process_and_variable, None) for _ in range(2))
+    assert {pid for pid, _ in first} == {pid for pid, _ in again}
+    assert run_ranks(2, _process_and_variable, None, fresh=True)[0][0] not in {pid for pid, _ in first}
+    changed = run_ranks(2, _process_and_variable, "left here")
+    after = run_ranks(2, _process_and_variable, None)
+    assert {pid for pid, _ in changed} == {pid for pid, _ in first}
+    assert {pid for pid, _ in after}.isdisjoint({pid for pid, _ in changed})
+    assert [before for _, before in after] == [None, None]
