@@ -48,6 +48,7 @@ REQUIRED = (
     Requirement("matplotlib>=3.9", "pictures of a run"),
     Requirement("tensorboard>=2.18", "optional sink of metrics"),
     Requirement("wandb>=0.19", "optional sink of metrics, offline by default"),
+    Requirement("xxhash>=3.4", "checksums of checkpoints, at the speed of memory"),
     Requirement("math-verify>=0.8", "rewards for mathematical answers"),
 )
 

@@ -10,32 +10,51 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-STARTERS = {"subprocess", "multiprocessing", "ray"}
-OF_OURS = ("drpo_megatron.orchestration", "drpo_megatron.rollout.sglang_", "drpo_megatron.rewards.worker")
-"""Who imports one of these, or a module of the tests that does, is marked `processes`."""
+STARTERS = ("subprocess", "multiprocessing", "ray", "drpo_megatron.orchestration", "drpo_megatron.rollout.sglang_")
+"""Modules whose names start processes. A test that uses one is marked `processes`, by way of its fixtures and helpers, too."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, with the reason, on a machine without CUDA; tests of modules that start processes
-    are marked `processes`."""
+    """Tests marked `gpu` are skipped, with the reason, on a machine without CUDA; tests that start processes are marked
+    `processes`."""
     skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here")
     for item in items:
+        assert isinstance(item, pytest.Function)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip)
-        if starts_processes(item.path) or "sglang" in item.fixturenames:  # type: ignore[attr-defined]
+        if item.originalname in starters(item.path) or "sglang" in item.fixturenames:  # type: ignore[attr-defined]
             item.add_marker(pytest.mark.processes)
 
 
 @functools.cache
-def starts_processes(module: Path) -> bool:
-    """By its imports, and those of the test modules among them."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+def starters(module: Path) -> frozenset[str]:
+    """The names in a module by which processes are started: imported ones, and whatever is defined by means of them."""
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            found |= {alias.asname or alias.name for alias in node.names if alias.name.startswith(STARTERS)}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    if any(name.partition(".")[0] in STARTERS or name.startswith(OF_OURS) for name in names):
-        return True
-    files = (ROOT.joinpath(*name.split(".")).with_suffix(".py") for name in names if name.startswith("tests."))
-    return any(starts_processes(file) for file in files if file.exists() and file != module)
+            file = ROOT.joinpath(*node.module.split(".")).with_suffix(".py")
+            inside = starters(file) if node.module.startswith("tests.") and file.exists() and file != module else ()
+            for alias in node.names:
+                if f"{node.module}.{alias.name}".startswith(STARTERS) or alias.name in inside:
+                    found.add(alias.asname or alias.name)
+    uses = {name: _names(node) for node in tree.body for name in _defined(node)}
+    while more := {name for name, used in uses.items() if used & found} - found:
+        found |= more
+    return frozenset(found)
+
+
+def _defined(node: ast.stmt) -> list[str]:
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def _names(node: ast.AST) -> set[str]:
+    inside = list(ast.walk(node))
+    return {each.id for each in inside if isinstance(each, ast.Name)} | {
+        each.arg for each in inside if isinstance(each, ast.arg)
+    }
