@@ -37,6 +37,9 @@ def main():
     commands = parser.add_subparsers(dest="command", metavar="TARGET")
     for name, (run, text) in TARGETS.items():
         commands.add_parser(name, help=text).set_defaults(run=run)
+    commands.choices["gpu"].add_argument(
+        "--for-image", action="store_true", help="no driver is here, but will be where the image runs"
+    )
     args = parser.parse_args()
     if args.command is None:
         parser.print_help()
@@ -45,7 +48,7 @@ def main():
     os.environ["OMP_NUM_THREADS"] = "1"  # A rank; more only get into each other's way.
     try:
         check_python()
-        args.run()
+        args.run(args.for_image) if args.command == "gpu" else args.run()
     except SetupError as error:
         print("error: " + str(error), file=sys.stderr)
         return 1
@@ -117,14 +120,14 @@ def sglang_cpu():
     make_environment(SGLANG, "sglang-cpu.lock", steps)
 
 
-def gpu():
+def gpu(for_image):
     """Both environments of a machine with GPUs."""
     if sys.version_info[:2] != (3, 12):
         raise SetupError(
             "the environments for GPUs are for Python 3.12, this is %s; make gpu PYTHON=python3.12"
             % _named(sys.executable)
         )
-    if shutil.which("nvidia-smi") is None or subprocess.run(["nvidia-smi"], stdout=subprocess.DEVNULL).returncode:
+    if not for_image and not _finds_gpus():
         raise SetupError(
             "nvidia-smi is missing or finds no GPU: install NVIDIA's driver (580 or newer, for CUDA 13), or go on "
             "without a GPU: make setup sglang-cpu"
@@ -135,6 +138,11 @@ def gpu():
     trainer = [builders, ["--no-build-isolation", "-r", "requirements/gpu-py312.lock"], IN_PLACE]
     make_environment(TRAINER, "gpu-py312.lock", trainer)
     make_environment(SGLANG, "sglang-gpu-py312.lock", [["-r", "requirements/sglang-gpu-py312.lock"]])
+
+
+def _finds_gpus():
+    asked = ["nvidia-smi", "--list-gpus"]
+    return shutil.which(asked[0]) is not None and subprocess.run(asked, stdout=subprocess.DEVNULL).returncode == 0
 
 
 IN_PLACE = ["--no-deps", "--no-build-isolation", "--editable", "."]  # An edit needs no new install.

@@ -126,3 +126,16 @@ def test_make_knows_every_target(checkout: Path) -> None:
     with_stamp(checkout)
     done = subprocess.run(["make", "setup", f"PYTHON={sys.executable}"], cwd=checkout, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_image_is_built_from_files_that_are_here() -> None:
+    """Not built here, for want of a Docker engine: what can be held is that its lines name what exists."""
+    text = (ROOT / "slurm" / "container" / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line.split() for line in text.splitlines() if line[:1] not in ("#", "")]
+    copied = [source for line in lines if line[0] == "COPY" for source in line[1:-1]]
+    assert [source for source in copied if not (ROOT / source).exists()] == []
+    [call] = [line for line in lines if line[:1] == ["RUN"] and "tools/bootstrap.py" in line]
+    asked = subprocess.run([sys.executable, str(BOOTSTRAP), "gpu", "--help"], capture_output=True, text=True)
+    assert call[-1] in asked.stdout and call[-2] == "gpu"
+    needed = {"setup.py", "requirements", "drpo_megatron/versions.py", "drpo_megatron/__init__.py", "tools/bootstrap.py"}
+    assert needed <= set(copied)  # All that the set-up reads, before the sources.
