@@ -95,7 +95,9 @@ class HFCheckpoint:
                     f"would load the first, SGLang and the trainer the second; remove the one that is out of date"
                 )
         elif not (self.directory / SINGLE_FILE).is_file():
-            raise ValueError(f"{self.directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+            raise ValueError(
+                f"{self.directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; weights are read from safetensors only"
+            )
         for file in sorted(set(weight_map.values()) or {SINGLE_FILE}, key=str):
             path = inside(self.directory, file, str(index_file))
             if not path.is_file():

@@ -18,6 +18,7 @@ from drpo_megatron.checkpoint.stored import CONFIG_KEY, StoredTensors, dtype_nam
 from drpo_megatron.models import FAMILIES, Family, get_family
 from drpo_megatron.models.rules import Rule
 
+ADAPTER_FILE = "adapter_config.json"
 NUM_NAMED = 3
 """Problems of a kind that a message names; it counts the others."""
 
@@ -54,6 +55,7 @@ def require_trainable(hf_path: str | Path, *, engine: str = "transformers") -> l
             f"{hf_path} is quantised ({CONFIG_KEY}); training needs the checkpoint that it was made of, or what "
             "`drpo-megatron convert` makes of it: hf-to-megatron, then megatron-to-hf"
         )
+    _require_no_adapter(stored.checkpoint)
     family, rules = require_fit(stored)
     stacked = next((hf for rule in rules for hf in rule.hf if hf.slice is not None), None)
     if engine == "sglang" and stacked is not None and family.model_type in ("qwen3_moe", "mixtral"):
@@ -68,8 +70,17 @@ def require_servable(hf_path: str | Path) -> None:
     """A checkpoint to generate from: whole, and of a known family also complete, since transformers fills gaps with
     random numbers. ValueError otherwise."""
     stored = StoredTensors(HFCheckpoint(hf_path))
+    _require_no_adapter(stored.checkpoint)
     if stored.config.get("model_type") in FAMILIES:
         require_fit(stored)
+
+
+def _require_no_adapter(checkpoint: HFCheckpoint) -> None:
+    if (checkpoint.directory / ADAPTER_FILE).exists():
+        raise ValueError(
+            f"{checkpoint.directory} has an {ADAPTER_FILE}: where peft is installed transformers loads that adapter and "
+            "the model that it names, and nothing else does; merge it, or move it away"
+        )
 
 
 def tensor_problems(stored: StoredTensors, family: Family, rules: Iterable[Rule]) -> Iterator[str]:

@@ -12,7 +12,7 @@ import shutil
 import stat
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from drpo_megatron.checkpoint.safetensors_file import read_header
 from drpo_megatron.files import explained
@@ -36,6 +36,7 @@ class OtherFiles:
     def of(cls, directory: Path, weights: Collection[str]) -> OtherFiles:
         """All that lies in `directory`, except for the files of `weights`. Nothing is read."""
         files, left = dict[str, int](), dict[str, str]()
+        weights = {str(PurePosixPath(name)) for name in weights}  # An index may say ./a.safetensors.
         for name, path in _walk(directory, "", (directory.resolve(),), left):
             if name not in weights:
                 files[name] = path.stat().st_size

@@ -123,6 +123,8 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if prefix == b"version ":
+            raise ValueError(f"{path} is a git-lfs pointer, not the file that it stands for; run `git lfs pull` there")
         if 8 + length > size:
             raise ValueError(f"{path} is truncated: {size} bytes can't hold its header")
         try:
@@ -153,8 +155,9 @@ def read_tensor(path: Path, header: Header, name: str, index: int | None = None)
 
 
 def create_file(path: Path, header: Header) -> None:
-    """The file with its header and the room for its tensors, which `write_tensor` fills."""
+    """The file with its header and the room for its tensors, which `write_tensor` fills; with the folder it lies in."""
     encoded = header.text.encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         file.truncate(header.num_bytes)

@@ -163,6 +163,28 @@ def test_a_single_file_beside_an_index_of_others_is_refused_everywhere(tmp_path:
     assert set(HFCheckpoint(source).names()) == set(tensors)
 
 
+def test_shards_in_folders_come_back_where_they_were(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "hf", tiny_moe_config(num_hidden_layers=1))
+    shard(source, 2)
+    (source / "w").mkdir()
+    index = json.loads((source / INDEX_FILE).read_text())
+    for file in ("part-0.safetensors", "part-1.safetensors"):
+        (source / file).rename(source / "w" / file)
+    index["weight_map"] = {name: f"w/{file}" for name, file in index["weight_map"].items()}
+    (source / INDEX_FILE).write_text(json.dumps(index))
+    hf_to_megatron(source, tmp_path / "megatron", say=silent)
+    assert not (tmp_path / "megatron" / FOLDER / "w").exists()
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", say=silent)
+    assert tree(tmp_path / "back") == tree(source)
+
+
+def test_a_git_lfs_pointer_is_told_from_a_truncated_file(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "hf", tiny_moe_config(num_hidden_layers=1))
+    (source / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    with pytest.raises(ValueError, match=r"model.safetensors is a git-lfs pointer.*git lfs pull"):
+        HFCheckpoint(source)
+
+
 @pytest.mark.parametrize(("kind", "name"), [(torch.float32, "float32"), (torch.bfloat16, "bfloat16")])
 def test_an_export_says_the_type_that_it_holds(tmp_path: Path, kind: torch.dtype, name: str) -> None:
     source = save_checkpoint(tmp_path / "hf", tiny_moe_config(num_hidden_layers=1))
