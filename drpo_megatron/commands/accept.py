@@ -56,6 +56,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """BadInput for what makes sense with --accept only, and was given without."""
+    if given := [name for name in ("stages", "again", "num_devices") if getattr(args, name)]:
+        raise BadInput(f"--{given[0].replace('_', '-')} is an option of --accept, which was not given")
+
+
 def run(args: argparse.Namespace) -> None:
     from drpo_megatron.doctor.accept.display import make_display
     from drpo_megatron.doctor.accept.report import Report

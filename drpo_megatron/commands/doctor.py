@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
     if args.accept or args.list:
         accept.run(args)
         return
+    accept.check_options(args)
     from drpo_megatron.doctor.everything import examine_everything
     from drpo_megatron.doctor.nodes import Report
 

@@ -98,6 +98,8 @@ def find_transformer_engine() -> str | None:
     It is imported: its package alone, without the extension that is compiled for this torch, has no layers. Raises:
     ValueError for one that is installed and doesn't import: a run without it is slower and has no FP8, so it is said.
     """
+    if sys.modules.get("transformer_engine", sys) is None:  # Forgotten, see below.
+        return None
     try:
         version = importlib.metadata.version("transformer-engine")
     except importlib.metadata.PackageNotFoundError:
@@ -113,16 +115,10 @@ def find_transformer_engine() -> str | None:
     return version
 
 
-def has_transformer_engine() -> bool:
-    """Whether a GPU's layers would be Transformer Engine's."""
-    return _has_transformer_engine()
-
-
 def forget_transformer_engine() -> None:
     """As on a machine without it. Call before `activate`, and before anything imports megatron."""
-    global _has_transformer_engine
-    sys.modules["transformer_engine"] = None  # type: ignore[assignment]
-    _has_transformer_engine = lambda: False  # noqa: E731
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # From now on its import is an ImportError.
+    find_transformer_engine.cache_clear()
 
 
 def check_cpu_versions() -> None:

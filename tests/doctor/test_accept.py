@@ -179,6 +179,11 @@ def test_bad_options_are_answered_in_a_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_options_of_the_check_need_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--stages", "loss"]) == 2
+    assert "--stages is an option of --accept, which was not given" in capsys.readouterr().err
+
+
 def test_an_interrupted_check_leaves_nothing_running_and_goes_on_where_it_was(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "drpo_megatron.cli", "doctor", "--accept", "--stages", "environment,collectives"]
     command += ["--device", "cpu", "--run-dir", str(tmp_path / "runs")]

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 SGLANG = ROOT / ".venv-sglang" / "bin" / "python"
 
 
-def accept(directory: Path, *stages: str) -> dict[str, Any]:
-    """The report's stages, after the command passed."""
+def accept(directory: Path, *stages: str, device: str = "cpu", folders: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The report's stages, after the command passed. `folders` come first on every process's path."""
     command = [sys.executable, "-m", "drpo_megatron.cli", "doctor", "--accept", "--stages", ",".join(stages)]
     command += [
         "--device",
@@ -89,6 +89,19 @@ def test_a_layout_that_breaks_fails_by_name_and_the_others_are_run(tmp_path: Pat
         "fail",
     ) and "no step came out" in first.found
     assert second.status == "fail" and "too far from float64 in gradient norm:" in second.found
+
+
+def test_the_code_of_a_gpu_runs_on_a_pretended_one(tmp_path: Path) -> None:
+    """The same stages with `--device gpu`: every tensor says cuda, and what a GPU would refuse is an error."""
+    if not (ROOT / "tests" / "pretended_gpu").is_dir():
+        pytest.skip("tests/pretended_gpu is not there")
+    folder = Path(__file__).parent / "pretended"
+    found = accept(tmp_path, "loss", "layouts", "throughput", device="gpu", folders=(folder,))
+    layouts = statuses(found["layouts"])
+    for name in ("one rank", "dp2", "tp2", "ep2", "tp2 ep2", "etp2", "pp2", "pp2 vpp2", "cp2"):
+        assert layouts[f"{name}, fp32, Megatron's layers"] == layouts[f"{name}, bf16, Megatron's layers"] == "pass"
+    assert statuses(found["loss"])["tp2, ours: gradients in bfloat16"] == "pass"
+    assert "Pretended H100" in (tmp_path / "gpu-report.md").read_text()
 
 
 @pytest.mark.slow

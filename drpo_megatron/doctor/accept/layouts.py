@@ -95,13 +95,13 @@ def _variants(settings: Settings, hf_path: Path, samples: list[Any], exact: Step
     names = ("loss", "gradient norm", "log-probs", "gradients")
     variants = [Variant("fp32", False, dict.fromkeys(names, FP32_LIMIT))]
     if settings.device == "gpu":
-        from drpo_megatron.trainer.platform import has_transformer_engine
+        from drpo_megatron.trainer.platform import find_transformer_engine
 
         rounded = step_by_transformers(hf_path, samples, _MAX_RESPONSE, torch.bfloat16).distances(exact)
         # One number may agree by luck, where a vector can't: the error of the gradients bounds those of loss and norm.
         floor = {"loss": rounded["gradients"], "gradient norm": rounded["gradients"]}
         limits = {name: BF16_FACTOR * max(value, floor.get(name, 0.0)) for name, value in rounded.items()}
-        variants.append(Variant("bf16", has_transformer_engine(), limits))
+        variants.append(Variant("bf16", find_transformer_engine() is not None, limits))
     return variants
 
 
@@ -201,7 +201,7 @@ def step_config(
             "aggregation": AGGREGATION,
             "optimizer_steps_per_rollout": 1,
             "max_tokens_per_micro_batch": max_tokens,
-            "optimizer": {"lr": 1e-3, "distributed": False, "clip_grad": 1e9},
+            "optimizer": {"lr": 1e-5, "distributed": False, "clip_grad": 1e9},
         },
         "rollout": {"prompts_per_step": 3, "samples_per_prompt": 4, "max_response_tokens": max_response},
         "data": {"train": "-"},

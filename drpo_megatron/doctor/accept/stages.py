@@ -13,7 +13,7 @@ STAGES = (
     Stage(
         "layouts", "a training step of every layout that fits equals transformers on the CPU", f"{_HERE}.layouts", 900.0
     ),
-    Stage("recipes", "Transformer Engine's recipes compute what is emulated", f"{_HERE}.recipes", 400.0),
+    Stage("recipes", "Transformer Engine's recipes compute what is emulated", f"{_HERE}.recipes", 600.0),
     Stage("sglang", "a server's probabilities, three ways of sync, memory given back", f"{_HERE}.sglang", 900.0),
     Stage("quickstart", "whole runs learn, in BF16 and FP8", f"{_HERE}.quickstart", 1200.0),
     Stage("throughput", "tokens/s of a 0.6B model beside a bare Megatron-Core loop", f"{_HERE}.throughput", 600.0),
