@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -212,13 +213,19 @@ def _print_summary(summary: dict[str, Any], run: RunDirectory) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    def share(value: float | None) -> str:
-        return "-" if value is None else f"{value:.1%}"
+    from drpo_megatron.intervals import HeldOut
 
-    table = Table(title="held-out problems, share correct")
+    is_accuracy = summary["heldout_is_accuracy"]
+
+    def measured(when: str) -> str:
+        mean, interval = summary[f"heldout_{when}"], summary[f"heldout_{when}_interval"]
+        return "-" if mean is None else HeldOut(mean, *(interval or (math.nan, math.nan)), is_accuracy).text()
+
+    what = "accuracy" if is_accuracy else "mean reward"
+    table = Table(title=f"held-out problems, {what} (95 % interval)")
     for heading in ("before RL", f"after {summary['num_steps']} steps"):
         table.add_column(heading, justify="right")
-    table.add_row(share(summary["heldout_before"]), share(summary["heldout_after"]))
+    table.add_row(measured("before"), measured("after"))
     console = Console()
     console.print(table)
     rates = ", ".join(f"{phase} {rate:,.0f} tokens/s" for phase, rate in summary["tokens_per_s"].items())

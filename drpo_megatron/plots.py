@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,22 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from drpo_megatron.files import writing
+from drpo_megatron.intervals import MEAN, HeldOut
 from drpo_megatron.sinks import METRICS_FILE, read_metrics
 
 
 def draw_training(run_dir: Path) -> Path:
-    """Reward and held-out accuracy, entropy, |pi - mu|, and the range of the objective's weight, by step."""
+    """Training and held-out reward, entropy, |pi - mu|, and the range of the objective's weight, by step."""
     rows = read_metrics(run_dir / METRICS_FILE)
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharex=True, constrained_layout=True)
     reward, entropy, shift, weight = axes.flat
 
     _line(reward, rows, "reward/mean", "training reward")
-    _line(reward, rows, "eval/accuracy", "held-out accuracy", marker="o", linestyle="--")
-    reward.set(title="Reward", ylim=(0, 1.02))
+    _heldout(reward, rows)
+    rewards = [row[name] for row in rows for name in ("reward/mean", MEAN) if row.get(name) is not None]
+    if all(0 <= value <= 1 for value in rewards):
+        reward.set_ylim(0, 1.02)
+    reward.set(title="Reward")
     _line(entropy, rows, "policy/entropy/mean", "mean")
     entropy.set(title="Entropy of the policy (nats a token)", ylim=(0, None))
     for name, label in (
@@ -50,6 +55,18 @@ def draw_training(run_dir: Path) -> Path:
         figure.savefig(file, dpi=120, format="png")
     plt.close(figure)
     return path
+
+
+def _heldout(axis: Axes, rows: list[dict[str, Any]]) -> None:
+    """A point an evaluation with its interval, called accuracy where all of them are."""
+    points = [(row["step"], found) for row in rows if (found := HeldOut.of(row)) is not None]
+    if not points:
+        return
+    name = "accuracy" if all(found.is_accuracy for _, found in points) else "mean reward"
+    ends = [[found.mean - found.low for _, found in points], [found.high - found.mean for _, found in points]]
+    steps, means = [step for step, _ in points], [found.mean for _, found in points]
+    spread = [[max(0.0, value) if math.isfinite(value) else 0.0 for value in side] for side in ends]
+    axis.errorbar(steps, means, yerr=spread, marker="o", linestyle="--", capsize=3, label=f"held-out {name}, 95 %")
 
 
 def _series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

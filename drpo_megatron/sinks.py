@@ -16,6 +16,7 @@ from rich.table import Table
 
 from drpo_megatron.config.sections import MetricsSection
 from drpo_megatron.files import CannotWrite, write_text
+from drpo_megatron.intervals import HeldOut
 
 METRICS_FILE = "metrics.jsonl"
 _WANDB_ID_FILE = "wandb_id.txt"
@@ -162,16 +163,16 @@ class PlainLines:
         parts = [f"step {step}/{self.total_steps}"]
         if "reward/mean" in metrics:
             parts += [f"{name} {value}" for name, value in headline(metrics).items()]
-        if "eval/accuracy" in metrics:
-            parts.append(f"held-out {metrics['eval/accuracy']:.3f}")
+        if (heldout := HeldOut.of(metrics)) is not None:
+            parts.append(f"held-out {heldout.name} {heldout.text()}")
         done = step - self.first_step
         if done > 0:
             parts.append(f"left {(time.monotonic() - self.started) / done * (self.total_steps - step):.0f} s")
         print("  ".join(parts), flush=True)
 
     def amend(self, step: int, metrics: dict[str, float]) -> None:
-        if "eval/accuracy" in metrics:
-            print(f"step {step}/{self.total_steps}  held-out {metrics['eval/accuracy']:.3f}", flush=True)
+        if (heldout := HeldOut.of(metrics)) is not None:
+            print(f"step {step}/{self.total_steps}  held-out {heldout.name} {heldout.text()}", flush=True)
 
     def close(self) -> None: ...
 
@@ -189,16 +190,16 @@ class LiveTable:
             TimeRemainingColumn(),
         )
         self.task = self.bar.add_task("training", total=total_steps, completed=first_step)
-        self.accuracy = "-"
+        self.heldout = {"held-out": "-"}
         self.latest: dict[str, float] = {}
         self.live = Live(self.bar, console=Console(), refresh_per_second=4)
         self.live.start()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.latest = metrics
-        if "eval/accuracy" in metrics:
-            self.accuracy = f"{metrics['eval/accuracy']:.3f}"
-        cells = headline(metrics) | {"held-out": self.accuracy}
+        if (heldout := HeldOut.of(metrics)) is not None:
+            self.heldout = {f"held-out {heldout.name}": heldout.text()}
+        cells = headline(metrics) | self.heldout
         table = Table(*cells, box=None, pad_edge=False)
         table.add_row(*cells.values())
         layout = Table.grid()

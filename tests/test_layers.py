@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "drpo_megatron"
 
 LEVELS = [
-    {"__init__", "versions", "files", "console", "types", "metrics", "sinks", "config", "paths"},
+    {"__init__", "versions", "files", "console", "types", "metrics", "sinks", "config", "paths"}
+    | {"imported", "intervals", "rounding"},
     {"data", "rewards", "objectives", "models", "precision", "plots"},
     {"checkpoint", "rollout"},
     {"trainer"},

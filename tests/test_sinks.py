@@ -92,9 +92,9 @@ def test_plain_lines_name_reward_mismatch_weights_and_the_time_left(
     logger.log(2, STEP | {"eval/accuracy": 0.93})
     logger.close()
     before, first, last = capsys.readouterr().out.splitlines()
-    assert before.startswith("step 0/2") and "held-out 0.450" in before
+    assert before.startswith("step 0/2") and "held-out accuracy 45.0%" in before
     assert "reward 0.500" in first and "|pi-mu| 1.0e-07" in first and "w -0.50..2.00" in first and "left" in first
-    assert "held-out 0.930" in last and last.endswith("left 0 s")
+    assert "held-out accuracy 93.0%" in last and last.endswith("left 0 s")
 
 
 def test_missing_and_nan_metrics_show_as_a_dash() -> None:

@@ -1,4 +1,4 @@
-"""`drpo-megatron eval`: accuracy, avg@n and pass@k of a trained model."""
+"""`drpo-megatron eval`: mean reward (accuracy, avg@n) and pass@k of a trained model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from drpo_megatron.commands import BadInput
 
 _HELP = """\
-Sample answers to held-out problems and print the share that is correct, with 95 % intervals.
+Sample answers to held-out problems and print their mean reward with its 95 % interval: accuracy, and pass@k, where every
+reward is 0 or 1. For other rewards --threshold says from which reward on an answer counts as right in pass@k.
 A run's model is scored on its own held-out file as the run did it; options change that. With --out every problem's
 scores are written as they are made, and the same command goes on where it was killed.
 
@@ -31,6 +32,7 @@ def add(commands: Any, style: dict[str, Any]) -> None:
     parser.add_argument("--temperature", type=_positive(float), metavar="T", help="default: the run's, or 1")
     parser.add_argument("--max-response-tokens", type=_positive(int), metavar="N", help="default: the run's")
     parser.add_argument("--reward", metavar="NAME", help="arithmetic, math, or package.module:function")
+    parser.add_argument("--threshold", type=float, metavar="R", help="rewards from R on count as right in pass@k")
     parser.add_argument("--seed", type=int, help="of the draws; default: the run's, or 0")
     parser.add_argument("--out", metavar="FILE", type=Path, help="JSONL of every problem's scores; resumes from it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -38,7 +40,7 @@ def add(commands: Any, style: dict[str, Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    names = ("prompts", "samples", "temperature", "max_response_tokens", "reward", "seed", "out")
+    names = ("prompts", "samples", "temperature", "max_response_tokens", "reward", "threshold", "seed", "out")
     try:
         from drpo_megatron.orchestration.evaluate import EvalOptions, evaluate_model
 
@@ -49,9 +51,14 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps({"model": str(args.model)} | result.as_dict()))
         return
     samples = result.samples_per_prompt
-    name = "accuracy" if samples == 1 else f"accuracy (avg@{samples})"
-    drawn = f"{result.num_problems} problems x {samples} samples"
-    print(f"{name} {result.accuracy:.1%} (95 % interval {result.low:.1%} to {result.high:.1%}; {drawn})")
+    name, form = (result.heldout.name, ".1%" if result.is_accuracy else ".4g")
+    name += "" if samples == 1 else f" (avg@{samples})"
+    mean, low, high = (format(value, form) for value in (result.mean, result.low, result.high))
+    print(f"{name} {mean} (95 % interval {low} to {high}; {result.num_problems} problems x {samples} samples)")
+    if samples > 1 and result.threshold is None:
+        print("no pass@k: rewards are not all 0 or 1; --threshold R says which are right")
+    elif samples > 1 and not result.is_accuracy:
+        print(f"pass@k: a reward of {result.threshold:g} or more counts as right")
     for k, share in result.pass_at_k.items() if samples > 1 else ():
         low, high = result.pass_at_k_interval[k]
         print(f"pass@{k} {share:.1%} ({low:.1%} to {high:.1%})")

@@ -24,6 +24,9 @@ examples:
 _ROWS = (
     ("reward", "reward/mean", ".3f"),
     ("held-out accuracy", "eval/accuracy", ".3f"),
+    ("held-out mean reward", "eval/reward/mean", ".3f"),
+    ("  95 % from", "eval/reward/low", ".3f"),
+    ("  95 % to", "eval/reward/high", ".3f"),
     ("|pi-mu| to the engine", "mismatch/abs_prob_shift/mean", ".1e"),
     ("|pi-mu| after updates", "shift/abs_prob_shift/mean", ".1e"),
     ("smallest weight w", "objective/weight/min", ".3f"),
@@ -117,9 +120,12 @@ def _curves(rows: Sequence[dict[str, Any]]) -> RenderableType:
     for heading in ("now", f"mean {_NUM_AVERAGED}", "lowest", "highest"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column(f"last {_NUM_DRAWN}", no_wrap=True)
+    # Held-out results are shown once: as accuracy where every evaluation has one.
+    has_accuracy = all("eval/accuracy" in row for row in rows if "eval/reward/mean" in row)
+    hidden = "eval/reward/mean" if has_accuracy else "eval/accuracy"
     for label, name, form in _ROWS:
         values = [row[name] for row in rows if row.get(name) is not None]
-        if not values:
+        if not values or name == hidden:
             continue
         recent = values[-_NUM_AVERAGED:]
         numbers = (values[-1], sum(recent) / len(recent), min(values), max(values))

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+from drpo_megatron.rounding import tolerance
+
 AdvantageName = Literal["group_mean", "group_mean_std", "rloo"]
 
 _STD_EPS = 1e-6
@@ -13,8 +15,8 @@ _STD_EPS = 1e-6
 
 
 def is_equal_group(rewards: Sequence[float]) -> bool:
-    """Whether all rewards are equal: such a group has no gradient. True for a group of none or one."""
-    return len(set(rewards)) <= 1
+    """Whether all rewards are equal up to rounding: such a group has no gradient. True for a group of none or one."""
+    return len(set(rewards)) <= 1 or max(rewards) - min(rewards) <= tolerance(rewards)
 
 
 def group_advantages(rewards: Sequence[float], name: AdvantageName = "group_mean") -> list[float]:
@@ -24,7 +26,7 @@ def group_advantages(rewards: Sequence[float], name: AdvantageName = "group_mean
         group_mean_std  (R_i - mean(R)) / (std(R) + 1e-6)        GRPO, arXiv:2402.03300; std with G - 1
         rloo            R_i - mean of the other G - 1 rewards    RLOO, arXiv:2402.14740
 
-    Exactly 0 in a group of equal rewards, where rounding of the mean would leave 1e-17. Raises ValueError for a reward
+    Exactly 0 in a group of rewards that are equal up to rounding (`is_equal_group`). Raises ValueError for a reward
     that is not finite and for an unknown name.
     """
     for index, reward in enumerate(rewards):

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
+from drpo_megatron import imported as by_path
 from drpo_megatron.config.objective import ImportedObjectiveConfig
 from drpo_megatron.objectives.base import ObjectiveInputs, ObjectiveOutputs
 
 UserFunction = Callable[[ObjectiveInputs, dict[str, Any]], ObjectiveOutputs]
+"""(inputs, options) -> outputs."""
+NUM_ARGUMENTS = 2
 
 
 def load_function(path: str) -> UserFunction:
-    """The function at `package.module:function`. Raises ValueError that says which half of the path is wrong."""
-    module_name, _, attribute = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"objective path={path!r}: module {module_name!r} cannot be imported ({error}); install it or put its "
-            "folder on PYTHONPATH"
-        ) from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        names = ", ".join(sorted(n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n))))
-        raise ValueError(f"objective path={path!r}: {module_name} has no callable {attribute!r}; it has: {names}")
-    return function
+    """The function at `package.module:function`. ValueError says in a line what is wrong with it."""
+    return by_path.load_function("objective", path, NUM_ARGUMENTS)
+
+
+def check_function(path: str) -> None:
+    """The same in a process of its own, without loading anything here."""
+    by_path.check_function("objective", path, NUM_ARGUMENTS)
 
 
 def imported(inputs: ObjectiveInputs, config: ImportedObjectiveConfig, function: UserFunction) -> ObjectiveOutputs:

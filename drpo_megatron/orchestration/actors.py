@@ -343,8 +343,10 @@ class RewardActor(ProcessActor):
 
         self.scorer = RewardScorer(config.reward)
 
-    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> tuple[list[float], dict[str, int]]:
-        return self.scorer.score(pairs)
+    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> tuple[list[float], dict[str, Any]]:
+        """With the failures comes an `example`, if there ever was one."""
+        rewards, failures = self.scorer.score(pairs)
+        return rewards, failures | {"example": self.scorer.failure}
 
 
 def _encoder(precision: RolloutPrecision | None, config: Config) -> Encode | None:

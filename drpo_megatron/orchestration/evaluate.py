@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from drpo_megatron.config.checks import check_evaluation
 from drpo_megatron.config.sections import TransformersEngineSection
 from drpo_megatron.data.prompts import content_hash, read_prompts
 from drpo_megatron.data.tokenize import load_tokenizer
+from drpo_megatron.orchestration.answers import unreadable_answers
 from drpo_megatron.rewards import RewardScorer
+from drpo_megatron.rewards.failures import FailureWatch
 from drpo_megatron.rollout.engine import SamplingParams
 from drpo_megatron.rollout.evaluation import EvalResult, ProblemScores, score_prompts, summarise
 from drpo_megatron.rollout.score_file import ScoreFile
@@ -36,6 +38,8 @@ class EvalOptions:
     temperature: float | None = None
     max_response_tokens: int | None = None
     reward: str | None = None
+    threshold: float | None = None
+    """Rewards from it on count as right in pass@k. None: 1 where all rewards are 0 or 1."""
     seed: int | None = None
     out: Path | None = None
     """File of the scores (score_file.py); what it holds already is not done again. None: none is kept."""
@@ -56,34 +60,42 @@ def evaluate_model(directory: Path, options: EvalOptions, say: Callable[[str], N
     require_servable(config.model.hf_path)
     prompts = read_prompts(config.data.heldout, load_tokenizer(config.model.hf_path), config)
     chosen = prompts if options.prompts else prompts[: config.eval.max_prompts]
+    if unreadable := unreadable_answers(config.data.heldout, prompts, config.reward):
+        say("warning: " + "\n".join(unreadable))
+    watch = FailureWatch(say)
     if options.out is None:
-        return summarise(list(_scores(chosen, config, at_once=len(chosen))))
+        return summarise(list(_scores(chosen, config, len(chosen), watch)), options.threshold)
     file = ScoreFile(options.out, _settings(chosen, config))
     missing = [prompt for prompt in chosen if prompt.prompt_id not in file.done]
     if file.done:
         say(f"{file.path} has {len(file.done)} of {len(chosen)} problems; {len(missing)} are left")
     at_once = max(1, _SAMPLES_AT_ONCE // config.eval.samples_per_prompt)
-    for number, problem in enumerate(_scores(missing, config, at_once), start=1):
+    for number, problem in enumerate(_scores(missing, config, at_once, watch), start=1):
         file.append(problem)
         if number % at_once == 0:
             say(f"{len(file.done)} of {len(chosen)} problems")
-    return summarise([file.done[prompt.prompt_id] for prompt in chosen])
+    return summarise([file.done[prompt.prompt_id] for prompt in chosen], options.threshold)
 
 
-def _scores(prompts: Sequence[Prompt], config: Config, at_once: int) -> Iterator[ProblemScores]:
-    """Of every prompt in turn; so many are drawn together."""
+def _scores(prompts: Sequence[Prompt], config: Config, at_once: int, watch: FailureWatch) -> Iterator[ProblemScores]:
+    """Of every prompt in turn; so many are drawn together. ValueError when every reward of the first of them fails."""
     if not prompts:
         return
     section = config.rollout.engine
     embedded = section if isinstance(section, TransformersEngineSection) else TransformersEngineSection()
     params = SamplingParams(config.rollout.max_response_tokens, config.eval.temperature)
     scorer = RewardScorer(config.reward)
+
+    def observe(num_scored: int, failures: Mapping[str, Any]) -> None:
+        watch.observe("this evaluation", num_scored, {**failures, "example": scorer.failure})
+
     try:
         device = "cuda" if resolve_backend(config.trainer.backend) == "gpu" else "cpu"
         engine = TransformersEngine(config.model.hf_path, embedded, device)
         for start in range(0, len(prompts), at_once):
             portion = prompts[start : start + at_once]
-            yield from score_prompts(engine, scorer, portion, config.eval.samples_per_prompt, params, config.run.seed)
+            samples = config.eval.samples_per_prompt
+            yield from score_prompts(engine, scorer, portion, samples, params, config.run.seed, observe)
     finally:
         scorer.close()
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +45,7 @@ from drpo_megatron.orchestration.profile import Profiling
 from drpo_megatron.orchestration.run_directory import ROLLOUTS_FILE, TRAINER_FILES, Checkpoint, Progress, RunDirectory
 from drpo_megatron.orchestration.warmup import WarmupProgress, warm_up
 from drpo_megatron.orchestration.workers import Workers
+from drpo_megatron.rewards.failures import FailureWatch
 from drpo_megatron.rollout.evaluation import evaluate
 from drpo_megatron.rollout.sampler import to_samples
 from drpo_megatron.types import Prompt, RolloutGroup, Sample, StepReport
@@ -85,17 +87,19 @@ class Loop:
         metrics: MetricsLog,
         clock: Clock,
         say: Callable[[str], None],
+        watch_rewards: FailureWatch,
     ) -> None:
         self.config, self.run_directory, self.workers, self.rollouts = config, run, workers, rollouts
         self.heldout, self.demonstrations = heldout, demonstrations
         self.metrics, self.clock, self.say = metrics, clock, say
+        self.watch_rewards = watch_rewards
         self.early_warning = EarlyWarning(config.precision.monitor.early_warning)
         self.gauges = Gauges(config, workers.ranks)
         self.profiling = Profiling(config.metrics.profile, workers.ranks, run.path / "profile", say)
         self.policy_version = 0
         self.num_trained_tokens = 0
         self.accuracy: dict[int, float] = {}
-        """Held-out accuracy by step, where it was measured."""
+        """Mean held-out reward by step, where it was measured."""
         self.stop_reason: str | None = None
         """Why the run ends before its last step, if it was asked to."""
         self.warmup: WarmupProgress | None = None
@@ -199,7 +203,7 @@ class Loop:
             self.workers.give_memory_to_ranks()
 
     def evaluate_if_due(self, step: int) -> None:
-        """Share of correct answers on the held-out prompts: of a step that is logged already, and saved if it is due.
+        """The mean held-out reward, with its interval: of a step that is logged already, and saved if it is due.
 
         A step whose evaluation was broken off, or left out because the run was asked to stop, is evaluated at a resume.
         """
@@ -208,9 +212,10 @@ class Loop:
         if not is_due or not can or step in self.accuracy or self.stop_reason is not None:
             return
         with self.clock.phase("eval"):
-            result = evaluate(self.workers.engines, self.workers.rewards, self.heldout, self.config)
-        self.accuracy[step] = result.accuracy
-        self.metrics.amend(step, {"eval/accuracy": result.accuracy} | self.timings_after())
+            watch = partial(self.watch_rewards.observe, f"the evaluation of step {step}")
+            result = evaluate(self.workers.engines, self.workers.rewards, self.heldout, self.config, watch)
+        self.accuracy[step] = result.mean
+        self.metrics.amend(step, result.heldout.as_metrics() | self.timings_after())
         if self._saved_step == step:
             self.run_directory.update_progress(self.progress(step), self.config)
 

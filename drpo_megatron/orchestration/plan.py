@@ -40,4 +40,8 @@ def plan_lines(config: Config, inputs: Inputs, directory: Path) -> list[str]:
         "checkpoints": (f"every {saving.every} steps and " if saving.every else "") + f"at the end; {saving.keep} kept",
         "files": f"{directory}: {', '.join(files)}",
     }
-    return [f"{name:<13}{text}" for name, text in lines.items()]
+    return [*(f"{name:<13}{text}" for name, text in lines.items()), *_unreadable(inputs)]
+
+
+def _unreadable(inputs: Inputs) -> list[str]:
+    return [f"warning: {inputs.unreadable[0]}", *inputs.unreadable[1:]] if inputs.unreadable else []

@@ -11,6 +11,7 @@ from drpo_megatron.orchestration.clock import Clock
 from drpo_megatron.orchestration.cluster import cluster
 from drpo_megatron.orchestration.rollouts import Rollouts
 from drpo_megatron.orchestration.run import Inputs
+from drpo_megatron.rewards.failures import FailureWatch
 from drpo_megatron.rollout.dump import identity, rollout_file, write_rollout
 
 
@@ -41,7 +42,7 @@ def roll_out(config: Config, inputs: Inputs, out: Path, say: Callable[[str], Non
     clock = Clock()
     with cluster(config, logs, clock, say, trains=False) as workers:
         prompts = PromptStream(inputs.prompts, shuffle=config.data.shuffle, seed=config.run.seed)
-        rollouts = Rollouts(config, workers.engines, workers.rewards, prompts, clock)
+        rollouts = Rollouts(config, workers.engines, workers.rewards, prompts, clock, FailureWatch(say))
         for step in range(1, config.run.num_steps + 1):
             groups, metrics = rollouts.take(step, policy_version=0)
             rollouts.draw_ahead(step)

@@ -12,7 +12,8 @@ A group goes to the rewards as soon as its last completion is there, while other
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,13 @@ from drpo_megatron.data.prompts import PromptStream
 from drpo_megatron.objectives.advantages import is_equal_group
 from drpo_megatron.orchestration.clock import Clock
 from drpo_megatron.orchestration.workers import EngineGroup, RewardGroup
+from drpo_megatron.rewards.failures import FailureWatch
 from drpo_megatron.rollout.buffer import RolloutBuffer
 from drpo_megatron.rollout.engine import SamplingParams
 from drpo_megatron.rollout.sampler import make_requests
 from drpo_megatron.types import Completion, Prompt, RolloutGroup
+
+_NO_FAILURES: dict[str, Any] = {"num_timeouts": 0, "num_errors": 0}
 
 
 @dataclass(slots=True)
@@ -38,8 +42,15 @@ class _Drawing:
 
 class Rollouts:
     def __init__(
-        self, config: Config, engines: EngineGroup, rewards: RewardGroup, prompts: PromptStream, clock: Clock
+        self,
+        config: Config,
+        engines: EngineGroup,
+        rewards: RewardGroup,
+        prompts: PromptStream,
+        clock: Clock,
+        watch: FailureWatch | None = None,
     ) -> None:
+        """`watch` is told of rewards that fail."""
         self.config, self.engines, self.rewards, self.prompts, self.clock = config, engines, rewards, prompts, clock
         rollout = config.rollout
         self.params = SamplingParams(
@@ -53,6 +64,9 @@ class Rollouts:
         """Tokens drawn so far."""
         self.num_reward_failures = 0
         """Rewards that timed out or raised so far, and counted as 0."""
+        self._watch = watch or FailureWatch(print)
+        self._num_scored, self._failures = 0, dict(_NO_FAILURES)
+        """Since the last `take`."""
         self._in_flight: dict[int, _Drawing] = {}
         """By ticket."""
         self._next_ticket = 0
@@ -63,23 +77,30 @@ class Rollouts:
     def take(self, step: int, policy_version: int) -> tuple[list[RolloutGroup], dict[str, float]]:
         """`prompts_per_step` groups for the trainer at `policy_version`, and the metrics of all that was drawn for them.
 
-        Groups without a gradient (equal rewards) are replaced in up to `resample_equal_groups` further rounds.
+        Groups without a gradient (equal rewards) are replaced in up to `resample_equal_groups` further rounds. Every
+        group that was drawn counts in the metrics of one step: the one that trains on it, passes it over or drops it.
+        Raises ValueError when rewards fail as `FailureWatch` says.
         """
         count, buffer = self.config.rollout.prompts_per_step, self.buffer
-        num_rounds = self.config.rollout.resample_equal_groups + (not self._in_flight and not len(buffer))
+        num_rounds = self.config.rollout.resample_equal_groups
+        first_ticket = self._next_ticket
+        dropped: list[RolloutGroup] = []
         with self.clock.phase("wait_for_rollouts"):
             while True:
                 self._wait(lambda: buffer.num_wanted >= count)
-                buffer.drop_stale(policy_version)
-                num_missing = count - (buffer.num_wanted if num_rounds > 0 else len(buffer))
-                if num_missing <= 0:
+                dropped += buffer.drop_stale(policy_version)
+                num_missing = count - len(buffer) - len(self._in_flight)
+                if num_missing > 0:
+                    self._draw(num_missing, step)  # What there has to be at least: no further round.
+                elif buffer.num_wanted >= count or (num_rounds == 0 and len(buffer) >= count):
                     break
-                if num_missing > len(self._in_flight):
-                    self._draw(num_missing - len(self._in_flight), step)
+                elif not self._in_flight:
+                    self._draw(count - buffer.num_wanted, step)
                     num_rounds -= 1
-        chosen, passed_over = buffer.take(count)
-        dropped = {"rollout/num_dropped/sum": buffer.num_dropped, "reward/failures/sum": self.num_reward_failures}
-        return chosen, rollout_metrics([*chosen, *passed_over], policy_version) | dropped
+        self._observe_failures(f"step {step}")
+        chosen, passed_over = buffer.take(count, first_ticket)
+        counters = {"rollout/num_dropped/sum": buffer.num_dropped, "reward/failures/sum": self.num_reward_failures}
+        return chosen, rollout_metrics(chosen, policy_version, others=[*passed_over, *dropped]) | counters
 
     def draw_ahead(self, step: int) -> None:
         """After the take of `step`: what the steps up to `max_staleness` later need, if the run has them."""
@@ -155,9 +176,9 @@ class Rollouts:
         drawings = [self._in_flight[ticket] for ticket in tickets]
         pairs = [(drawing.prompt, c) for drawing in drawings for c in drawing.completions if c is not None]
 
-        def receive(answer: tuple[list[float], dict[str, int]]) -> None:
+        def receive(answer: tuple[list[float], dict[str, Any]]) -> None:
             scores, failures = answer
-            self._end_scoring(failures)
+            self._end_scoring(len(scores), failures)
             for i, ticket in enumerate(tickets):
                 size = self.config.rollout.samples_per_prompt
                 span = slice(i * size, (i + 1) * size)
@@ -169,21 +190,36 @@ class Rollouts:
         self.clock.begin("reward")
         self.rewards.submit(pairs, receive)
 
-    def _end_scoring(self, failures: dict[str, int]) -> None:
-        self.num_reward_failures += sum(failures.values())
+    def _end_scoring(self, num_scored: int, failures: dict[str, Any]) -> None:
+        self.num_reward_failures += failures["num_timeouts"] + failures["num_errors"]
+        self._num_scored += num_scored
+        for name in ("num_timeouts", "num_errors"):
+            self._failures[name] += failures[name]
+        self._failures["example"] = failures.get("example")
         self._num_scorings -= 1
         if not self._num_scorings:
             self.clock.end("reward")
 
+    def _observe_failures(self, where: str) -> None:
+        num_scored, failures = self._num_scored, self._failures
+        self._num_scored, self._failures = 0, dict(_NO_FAILURES)
+        self._watch.observe(where, num_scored, failures)
 
-def rollout_metrics(groups: list[RolloutGroup], policy_version: int) -> dict[str, float]:
-    """Of all that was drawn for a step of the trainer at `policy_version`."""
+
+def rollout_metrics(
+    chosen: Sequence[RolloutGroup], policy_version: int, others: Sequence[RolloutGroup] = ()
+) -> dict[str, float]:
+    """Of all that was drawn for a step of the trainer at `policy_version`; staleness of what it trains on.
+
+    `others` were drawn and are not trained on: passed over for others, or too old.
+    """
+    groups = [*chosen, *others]
     completions = [completion for group in groups for completion in group.completions]
     rewards = [reward for group in groups for reward in group.rewards]
-    staleness = [policy_version - completion.policy_version for completion in completions]
+    staleness = [policy_version - completion.policy_version for group in chosen for completion in group.completions]
     num_tokens = sum(len(completion.token_ids) for completion in completions)
     return {
-        "reward/mean": sum(rewards) / len(rewards),
+        "reward/mean": math.fsum(rewards) / len(rewards),
         "rollout/num_tokens": num_tokens,
         "rollout/response_length/mean": num_tokens / len(completions),
         "rollout/equal_group_share": sum(is_equal_group(group.rewards) for group in groups) / len(groups),

@@ -15,9 +15,13 @@ from typing import Any
 from drpo_megatron.checkpoint.hf import HFCheckpoint
 from drpo_megatron.checkpoint.model_check import require_trainable
 from drpo_megatron.config import Config
+from drpo_megatron.config.objective import ImportedObjectiveConfig
+from drpo_megatron.config.sections import ImportedReward
 from drpo_megatron.data.prompts import PromptStream, read_demonstrations, read_prompts
 from drpo_megatron.data.tokenize import load_tokenizer
 from drpo_megatron.files import write_text
+from drpo_megatron.intervals import HeldOut
+from drpo_megatron.orchestration.answers import unreadable_answers
 from drpo_megatron.orchestration.clock import Clock
 from drpo_megatron.orchestration.cluster import cluster
 from drpo_megatron.orchestration.loop import Loop, RolloutSource
@@ -29,7 +33,9 @@ from drpo_megatron.orchestration.workers import Workers
 from drpo_megatron.plots import draw_training
 from drpo_megatron.precision.checks import check_precision
 from drpo_megatron.precision.recipes import find_hardware
-from drpo_megatron.sinks import MetricsLogger
+from drpo_megatron.rewards.failures import FailureWatch
+from drpo_megatron.rewards.imported import check_function as check_reward_function
+from drpo_megatron.sinks import METRICS_FILE, MetricsLogger, read_metrics
 from drpo_megatron.types import Prompt, Sample
 
 Say = Callable[[str], None]
@@ -44,6 +50,8 @@ class Inputs:
     """What is emulated, and what else one should know of the precision."""
     model_notes: list[str]
     """Files beside the weights that the run's export will not hold."""
+    unreadable: list[str]
+    """Answers that the reward can't read, with file and line."""
 
 
 def read_inputs(config: Config) -> Inputs:
@@ -53,6 +61,7 @@ def read_inputs(config: Config) -> Inputs:
     # On a cluster of somebody else's, this machine says nothing about those of the trainer.
     hardware = find_hardware(config.trainer.backend) if config.cluster.ray_address is None else None
     precision_notes = check_precision(config, hf_config, hardware)
+    check_functions(config)
     tokenizer = load_tokenizer(config.model.hf_path)
     heldout = read_prompts(config.data.heldout, tokenizer, config) if config.data.heldout else []
     prompts = read_prompts(config.data.train, tokenizer, config)
@@ -66,13 +75,29 @@ def read_inputs(config: Config) -> Inputs:
             f"rollout.prompts_per_step={rollout.prompts_per_step} in up to {1 + rollout.resample_equal_groups} rounds, "
             f"for rollout.max_staleness={rollout.max_staleness} steps ahead, too; give more prompts or lower them"
         )
+    unreadable = []
+    if rollout.from_dump is None:
+        unreadable = unreadable_answers(config.data.train, prompts, config.reward)
+        if config.data.heldout:
+            unreadable += unreadable_answers(config.data.heldout, heldout, config.reward)
     return Inputs(
         prompts=prompts,
         heldout=heldout,
         demonstrations=read_demonstrations(config.warmup.data, tokenizer, config) if config.warmup else [],
         precision_notes=precision_notes,
         model_notes=model_notes,
+        unreadable=unreadable,
     )
+
+
+def check_functions(config: Config) -> None:
+    """That what the user wrote can be imported and called. ValueError in one line."""
+    if isinstance(config.reward, ImportedReward) and config.rollout.from_dump is None:
+        check_reward_function(config.reward.path)
+    if isinstance(config.objective, ImportedObjectiveConfig):
+        from drpo_megatron.objectives.imported import check_function
+
+        check_function(config.objective.path)
 
 
 def train(config: Config, inputs: Inputs, run: RunDirectory, say: Say) -> dict[str, Any] | None:
@@ -85,15 +110,19 @@ def train(config: Config, inputs: Inputs, run: RunDirectory, say: Say) -> dict[s
     say(f"continuing {run.path} after {checkpoint}" if checkpoint else f"run directory: {run.path}")
     for note in (*inputs.precision_notes, *inputs.model_notes):
         say(f"note: {note}")
+    if inputs.unreadable:
+        say("warning: " + "\n".join(inputs.unreadable))
     with cluster(config, run.logs, clock, say) as workers:
         checkpoint = verified(checkpoint, config, run, workers, say)
         if checkpoint is not None:
             clock.go_on_from(checkpoint.progress.phase_s, checkpoint.progress.wall_s)
-        rollouts = rollout_source(config, inputs, workers, clock)
+        watch = FailureWatch(say)
+        rollouts = rollout_source(config, inputs, workers, clock, watch)
         resume_step = checkpoint.progress.step if checkpoint else None
         metrics = MetricsLogger(run.path, config.metrics, config.run.num_steps, resume_step)
         try:
-            loop = Loop(config, run, workers, rollouts, inputs.heldout, inputs.demonstrations, metrics, clock, say)
+            heldout, demonstrations = inputs.heldout, inputs.demonstrations
+            loop = Loop(config, run, workers, rollouts, heldout, demonstrations, metrics, clock, say, watch)
             with gently(loop.request_stop):
                 loop.run(checkpoint)
         finally:
@@ -104,7 +133,7 @@ def train(config: Config, inputs: Inputs, run: RunDirectory, say: Say) -> dict[s
             say(f"writing the trained model to {run.hf} ...")
             with clock.phase("export"):
                 workers.ranks.call("write_hf", run.hf, Path(config.model.hf_path))
-        summary = summarise(config, loop, workers)
+        summary = summarise(config, loop, workers) | heldout_intervals(run, config.run.num_steps)
     write_text(run.summary_file, json.dumps(summary, indent=2) + "\n")
     if config.metrics.plot:
         try:
@@ -127,11 +156,25 @@ def verified(
     return checkpoint
 
 
-def rollout_source(config: Config, inputs: Inputs, workers: Workers, clock: Clock) -> RolloutSource:
+def rollout_source(
+    config: Config, inputs: Inputs, workers: Workers, clock: Clock, watch: FailureWatch
+) -> RolloutSource:
     if config.rollout.from_dump is not None:
         return DumpedRollouts(Path(config.rollout.from_dump), config)
     prompts = PromptStream(inputs.prompts, shuffle=config.data.shuffle, seed=config.run.seed)
-    return Rollouts(config, workers.engines, workers.rewards, prompts, clock)
+    return Rollouts(config, workers.engines, workers.rewards, prompts, clock, watch)
+
+
+def heldout_intervals(run: RunDirectory, last_step: int) -> dict[str, Any]:
+    """Of the mean rewards before and after, as the metrics have them; and whether these are accuracies."""
+    found = {row["step"]: HeldOut.of(row) for row in read_metrics(run.path / METRICS_FILE)}
+    before, after = found.get(0), found.get(last_step)
+    measured = [result for result in (before, after) if result is not None]
+    return {
+        "heldout_is_accuracy": all(result.is_accuracy for result in measured) if measured else None,
+        "heldout_before_interval": [before.low, before.high] if before else None,
+        "heldout_after_interval": [after.low, after.high] if after else None,
+    }
 
 
 def summarise(config: Config, loop: Loop, workers: Workers) -> dict[str, Any]:

@@ -295,14 +295,14 @@ class EngineGroup(ActorGroup):
 
 
 class RewardGroup(ActorGroup):
-    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> tuple[list[float], dict[str, int]]:
-        """Rewards in order, and how many of them timed out or failed (those are 0)."""
+    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> tuple[list[float], dict[str, Any]]:
+        """Rewards in order, and how many of them timed out or failed (those are 0), with an example."""
         return self.call("score", pairs)[0]
 
     def submit(
         self,
         pairs: Sequence[tuple[Prompt, Completion]],
-        receive: Callable[[tuple[list[float], dict[str, int]]], None],
+        receive: Callable[[tuple[list[float], dict[str, Any]]], None],
     ) -> None:
         """`score` in the background."""
         [process] = self.processes

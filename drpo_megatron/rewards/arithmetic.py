@@ -15,10 +15,14 @@ class ArithmeticReward:
 
     def __call__(self, response: str, answer: str, prompt: Prompt) -> float:
         text = response.strip()
-        return float(_INTEGER.fullmatch(text) is not None and _same_integer(text, answer.strip()))
+        return float(is_integer(text) and _same_integer(text, answer.strip()))
 
     def close(self) -> None:
         pass
+
+
+def is_integer(answer: str) -> bool:
+    return _INTEGER.fullmatch(answer.strip()) is not None
 
 
 def _same_integer(first: str, second: str) -> bool:

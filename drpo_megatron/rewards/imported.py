@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-import importlib
+import inspect
 from collections.abc import Callable
+from typing import Any
 
+from drpo_megatron import imported
 from drpo_megatron.types import Prompt
 
 RewardFunction = Callable[[str, str, Prompt], float]
 """(response, answer, prompt) -> reward."""
+_NUM_ARGUMENTS = 3
 
 
 def load_function(path: str) -> RewardFunction:
-    """The function at `package.module:function`. Raises ValueError that says which half of the path is wrong."""
-    module_name, _, attribute = path.partition(":")
-    if not module_name or not attribute:
-        raise ValueError(f"reward path={path!r} is not of the form package.module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"reward path={path!r}: module {module_name!r} cannot be imported ({error}); install it or put its folder "
-            "on PYTHONPATH"
-        ) from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ValueError(f"reward path={path!r}: {module_name} has no callable {attribute!r}")
-    return function
+    """The function at `package.module:function`. ValueError says in a line what is wrong with it."""
+    return imported.load_function("reward", path, _NUM_ARGUMENTS)
+
+
+def check_function(path: str) -> None:
+    """The same in a process of its own, without loading anything here."""
+    imported.check_function("reward", path, _NUM_ARGUMENTS)
+
+
+def as_number(value: Any) -> float:
+    """What a reward function returned. TypeError for anything but a number: text, None, a dictionary, a coroutine."""
+    if inspect.iscoroutine(value):
+        value.close()
+        raise TypeError("it returned a coroutine; make it a plain function, not async")
+    if not (hasattr(type(value), "__float__") or hasattr(type(value), "__index__")):
+        raise TypeError(f"it returned {type(value).__name__} {_short(value)}; a reward must be one number")
+    return float(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

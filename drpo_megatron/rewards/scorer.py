@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from drpo_megatron.config.sections import RewardConfig
 from drpo_megatron.rewards.base import RewardTimeout
+from drpo_megatron.rewards.imported import as_number
 from drpo_megatron.rewards.registry import build
 from drpo_megatron.types import Completion, Prompt
 
@@ -23,13 +24,15 @@ class RewardScorer:
 
     def __init__(self, config: RewardConfig) -> None:
         self._reward = build(config)
-        self._has_logged = False
+        self._name = config.path if config.name == "import" else config.name
+        self.failure: str | None = None
+        """The first reward that failed, in words: the function, the error, and the response."""
 
     def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> tuple[list[float], dict[str, int]]:
         """The rewards in order, and {"num_timeouts", "num_errors"} of this call.
 
-        A response whose reward times out or raises is worth 0; the first exception is logged with the prompt's id.
-        Raises ValueError, naming the prompt, for a reward that is not finite: training on it would end in NaN.
+        A response whose reward times out, raises or is no number is worth 0; the first is logged, and kept as `failure`.
+        Raises ValueError, naming function and prompt, for a reward that is not finite: training on it would end in NaN.
         """
         counts = {"num_timeouts": 0, "num_errors": 0}
         return [self._score_one(prompt, completion, counts) for prompt, completion in pairs], counts
@@ -39,23 +42,31 @@ class RewardScorer:
 
     def _score_one(self, prompt: Prompt, completion: Completion, counts: dict[str, int]) -> float:
         try:
-            reward = float(self._reward(completion.text, prompt.answer, prompt))
-        except RewardTimeout:
+            reward = as_number(self._reward(completion.text, prompt.answer, prompt))
+        except RewardTimeout as error:
             counts["num_timeouts"] += 1
+            self._note(f"{error}", prompt, completion)
             return 0.0
-        except Exception as error:  # User code and symbolic algebra raise anything; the count and the log say so.
+        except Exception as error:  # User code and symbolic algebra raise anything; the counts and the driver say so.
             counts["num_errors"] += 1
-            if not self._has_logged:
-                self._has_logged = True
-                logger.warning(
-                    "the reward of a response to prompt %s failed and is 0 (later failures are only counted): %s",
-                    prompt.prompt_id,
-                    error,
-                )
+            self._note(f"{error}", prompt, completion)
             return 0.0
         if not math.isfinite(reward):
             raise ValueError(
-                f"the reward of a response to prompt {prompt.prompt_id} is {reward}; rewards must be finite numbers "
-                f"(response: {completion.text[:80]!r})"
+                f"reward {self._name}: the reward of a response to prompt {prompt.prompt_id} is {reward}; rewards must be "
+                f"finite numbers (answer {_short(prompt.answer)}, response {_short(completion.text)})"
             )
         return reward
+
+    def _note(self, error: str, prompt: Prompt, completion: Completion) -> None:
+        if self.failure is not None:
+            return
+        self.failure = (
+            f"reward {self._name}: {error} (prompt {prompt.prompt_id}, answer {_short(prompt.answer)}, response "
+            f"{_short(completion.text)})"
+        )
+        logger.warning("the first reward that failed is 0 (later ones are only counted): %s", self.failure)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from drpo_megatron.rewards.base import RewardTimeout
-from drpo_megatron.rewards.imported import load_function
+from drpo_megatron.rewards.imported import as_number, load_function
 from drpo_megatron.types import Prompt
 
 _STARTUP_S = 120.0
@@ -16,6 +24,11 @@ _GRACE_S = 0.1
 """How long a process that closed its pipe may take to end by itself, so that its own exit code is known."""
 _ORPHAN_S = 1.0
 """How much later than the parent would the worker ends itself."""
+_MARK = "DRPO_REWARD_WORKER"
+"""Environment variable of a worker and of all that it starts, whatever session or parent they choose."""
+_marking = threading.Lock()
+_KILL_ROUNDS = 20
+"""Each kills all that are there; more than two only against those that fork without end."""
 
 
 class WorkerReward:
@@ -24,7 +37,7 @@ class WorkerReward:
     A call that exceeds `timeout_s` raises RewardTimeout; its worker is killed. A worker that dies (os._exit, out of
     memory) makes its call raise RuntimeError. Either is replaced at the next call. The first worker starts at once, so
     that a wrong path is a ValueError here and not in the middle of a run. What the function raises, a call raises as
-    RuntimeError.
+    RuntimeError, sys.exit() included. Processes that the function started end with their worker.
     """
 
     def __init__(self, path: str, timeout_s: float) -> None:
@@ -57,8 +70,13 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self._timeout_s = timeout_s
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, path, timeout_s), daemon=True)
-        self._process.start()
+        self._mark = uuid.uuid4().hex
+        self._process = context.Process(target=_serve, args=(theirs, path, timeout_s, self._mark), daemon=True)
+        resource_tracker.ensure_running()  # It is this process's own, and must not carry the mark.
+        with _marking:
+            os.environ[_MARK] = self._mark
+            self._process.start()
+            del os.environ[_MARK]
         theirs.close()
         try:
             in_time = self._connection.poll(_STARTUP_S)
@@ -84,32 +102,65 @@ class _Worker:
         self._process.join(_GRACE_S)
         self._process.kill()
         self._process.join()
+        kill_marked(self._mark)
         self._connection.close()
         return self._process.exitcode
 
 
-def _serve(connection: Connection, path: str, timeout_s: float) -> None:
+def kill_marked(mark: str) -> None:
+    """Every other process of this machine that carries the mark, those that it starts meanwhile included."""
+    for _ in range(_KILL_ROUNDS):
+        found = list(_marked(mark))
+        if not found:
+            return
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _marked(mark: str) -> Iterator[int]:
+    wanted = f"{_MARK}={mark}".encode()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            if wanted not in (entry / "environ").read_bytes().split(b"\0"):
+                continue
+            if (entry / "stat").read_bytes().rpartition(b")")[2].split()[0] in (b"Z", b"X"):
+                continue
+        except OSError:  # It has ended, or is another user's.
+            continue
+        yield int(entry.name)
+
+
+def _serve(connection: Connection, path: str, timeout_s: float, mark: str) -> None:
     """Answer None or a problem once the function is imported, then (reward, problem) to every call.
 
     Ends when the other end of the pipe does. Should the parent be killed while the function hangs, an alarm ends it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent decides.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
         function = load_function(path)
     except ValueError as error:
         connection.send(str(error))
         return
     connection.send(None)
+    pid = os.getpid()
     while True:
         try:
             arguments = connection.recv()
         except EOFError:
-            return
+            break
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_S)
         try:
-            reward, problem = float(function(*arguments)), None
-        except Exception as error:  # The function is the user's; whatever it raises, the caller reports.
+            reward, problem = as_number(function(*arguments)), None
+        except BaseException as error:  # Whatever the user's function raises, sys.exit() too: the caller reports it.
             reward, problem = 0.0, f"{type(error).__name__}: {error}"
+        if os.getpid() != pid:
+            os._exit(0)  # A child that the function forked and that came back: there is one answer a call.
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send((reward, problem))
+    kill_marked(mark)

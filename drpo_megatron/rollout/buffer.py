@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Iterator
 from typing import Any
@@ -39,23 +40,27 @@ class RolloutBuffer:
     def put(self, ticket: int, group: RolloutGroup) -> None:
         insort(self._groups, (ticket, group), key=lambda item: item[0])
 
-    def drop_stale(self, policy_version: int) -> None:
-        """Remove and count what the trainer at `policy_version` may no longer train on."""
-        fresh = [item for item in self._groups if policy_version - _version(item[1]) <= self.max_staleness]
-        self.num_dropped += len(self._groups) - len(fresh)
-        self._groups = fresh
+    def drop_stale(self, policy_version: int) -> list[RolloutGroup]:
+        """Remove, count and return what the trainer at `policy_version` may no longer train on."""
+        stale = [item for item in self._groups if policy_version - _version(item[1]) > self.max_staleness]
+        self.num_dropped += len(stale)
+        gone = {ticket for ticket, _ in stale}
+        self._groups = [item for item in self._groups if item[0] not in gone]
+        return [group for _, group in stale]
 
-    def take(self, count: int) -> tuple[list[RolloutGroup], list[RolloutGroup]]:
+    def take(self, count: int, drawn_from: float = math.inf) -> tuple[list[RolloutGroup], list[RolloutGroup]]:
         """(`count` groups, those passed over for them), each in the order of their tickets.
 
-        Groups of equal rewards come last among the `count`. Passed over are those of them that had an earlier ticket
-        and were not needed; they leave the buffer, too.
+        Groups of equal rewards come last among the `count`. Passed over are those of them that were not needed and had
+        an earlier ticket than the last of the `count`, or one from `drawn_from` on, which stands for what was drawn to
+        replace them; they leave the buffer, too. What was drawn ahead for later steps stays.
         """
         wanted = [item for item in self._groups if self._is_wanted(item[1])]
         others = [item for item in self._groups if not self._is_wanted(item[1])]
         chosen = [*wanted, *others][:count]
         last = max((ticket for ticket, _ in chosen), default=-1)
-        passed_over = [item for item in others[max(0, count - len(wanted)) :] if item[0] < last]
+        left = others[max(0, count - len(wanted)) :]
+        passed_over = [item for item in left if item[0] < last or item[0] >= drawn_from]
         gone = {ticket for ticket, _ in (*chosen, *passed_over)}
         self._groups = [item for item in self._groups if item[0] not in gone]
         groups = sorted((group for _, group in chosen), key=lambda group: is_equal_group(group.rewards))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from drpo_megatron.intervals import student_t_975
 from drpo_megatron.study.file import Cell, Claims, Selector, selects
 from drpo_megatron.study.results import BEFORE, BEST, FINAL, Result, Results
 
@@ -33,9 +34,6 @@ RULES = (
     "the rule would give is named as a tendency.",
 )
 
-_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the normal's."""
-
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
@@ -46,9 +44,9 @@ class Judgement:
 
 
 def judge(results: Results) -> list[Judgement]:
-    """The claims, if the study file says which cells they speak of."""
+    """The claims, if the study file says which cells they speak of, and rewards are 0 or 1, which the rules are for."""
     claims = results.file.claims
-    if claims is None:
+    if claims is None or not results.is_accuracy:
         return []
     found = [_ratio_collapses(results, claims)]
     for name, methods in (("DPPO", claims.dppo), ("DRPO", claims.drpo)):
@@ -56,9 +54,10 @@ def judge(results: Results) -> list[Judgement]:
     return found + [_as_good(results, claims, method, cells) for method, cells in _methods(results, claims.drpo)]
 
 
-def collapsed(run: Result) -> bool:
-    if run.diverged:
-        return True
+def collapsed(results: Results, run: Result) -> bool:
+    """Where rewards are not 0 or 1 the rule in points has no scale, and only a broken gradient counts."""
+    if run.diverged or not results.is_accuracy:
+        return run.diverged
     before, best, final = (measure.of(run.rows) for measure in (BEFORE, BEST, FINAL))
     if before is None or best is None or final is None:
         return False
@@ -134,8 +133,7 @@ def _half_width(differences: Sequence[float]) -> float:
     n = len(differences)
     if n == 1:
         return math.inf
-    quantile = _T_975[n - 2] if n - 2 < len(_T_975) else 1.96
-    return quantile * statistics.stdev(differences) / math.sqrt(n)
+    return student_t_975(n - 1) * statistics.stdev(differences) / math.sqrt(n)
 
 
 # --- which cells, and how many seeds --------------------------------------------------------------------------------
@@ -161,7 +159,7 @@ def _others(results: Results, claims: Claims, cell: Cell) -> list[Cell]:
 
 def _collapsed_share(results: Results, cell: Cell) -> float:
     runs = results.ended(cell)
-    return statistics.fmean(collapsed(run) for run in runs) if runs else 0.0
+    return statistics.fmean(collapsed(results, run) for run in runs) if runs else 0.0
 
 
 def _judgement(results: Results, claim: str, rule: Verdict, cells: Sequence[Cell], remark: str) -> Judgement:
@@ -170,7 +168,9 @@ def _judgement(results: Results, claim: str, rule: Verdict, cells: Sequence[Cell
         runs = results.ended(cell)
         finals = [value for run in runs if (value := FINAL.of(run.rows)) is not None]
         at_the_end = f", {100 * statistics.fmean(finals):.1f} % at the end" if finals else ""
-        numbers.append(f"{cell.name}: {sum(map(collapsed, runs))} of {len(runs)} collapsed{at_the_end}")
+        numbers.append(
+            f"{cell.name}: {sum(collapsed(results, run) for run in runs)} of {len(runs)} collapsed{at_the_end}"
+        )
     return _with_seeds(results, claim, rule, cells, remark, numbers)
 
 

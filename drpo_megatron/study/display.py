@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from drpo_megatron.intervals import HeldOut
 from drpo_megatron.sinks import METRICS_FILE, read_metrics
 from drpo_megatron.study.cells import Record, State
 from drpo_megatron.study.runs import Run
@@ -33,8 +35,8 @@ class Lines:
         what = f"{record.state} after {record.seconds:.0f} s"
         if record.state in ("failed", "diverged"):
             what += f": {next((line for line in record.error if line.startswith('error')), record.error[-1])}"
-        elif accuracy := _accuracy(run):
-            what += f", held-out {accuracy}"
+        elif heldout := _heldout(run):
+            what += f", held-out {heldout}"
         self.say(f"[{self.num_ended}/{self.num_todo}] {run.title}: {what}; {self.left()}")
 
     def tick(self, running: Sequence[Run]) -> None: ...
@@ -91,7 +93,12 @@ def make_display(num_todo: int) -> Lines:
     return (LiveTable if sys.stdout.isatty() else Lines)(num_todo)
 
 
-def _accuracy(run: Run) -> str:
-    """`51.0 % -> 63.2 %`, of the first and the last evaluation."""
-    measured = [row["eval/accuracy"] for row in read_metrics(run.path / METRICS_FILE) if "eval/accuracy" in row]
-    return " -> ".join(f"{value:.1%}" for value in dict.fromkeys((measured[0], measured[-1]))) if measured else ""
+def _heldout(run: Run) -> str:
+    """`accuracy 51.0% (...) -> 63.2% (...)`, of the first and the last evaluation."""
+    found = [HeldOut.of(row) for row in read_metrics(run.path / METRICS_FILE)]
+    measured = [result for result in found if result is not None]
+    if not measured:
+        return ""
+    is_accuracy = all(result.is_accuracy for result in measured)
+    ends = [replace(result, is_accuracy=is_accuracy) for result in (measured[0], measured[-1])]
+    return f"{ends[0].name} " + " -> ".join(dict.fromkeys(result.text() for result in ends))

@@ -19,6 +19,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from drpo_megatron.intervals import MEAN
 from drpo_megatron.study.claims import collapsed
 from drpo_megatron.study.figures_layers import draw_flips, draw_heat_maps
 from drpo_megatron.study.figures_tokens import draw_stopped, draw_weights
@@ -51,7 +52,9 @@ def _curves(metric: str, *, log: bool = False, share: bool = False) -> Callable[
     def draw(results: Results) -> Figure | None:
         if not results.has(metric):
             return None
-        return _panels(results, lambda axis, row, runs: _draw_metric(axis, results, row, runs), log, share)
+        return _panels(
+            results, lambda axis, row, runs: _draw_metric(axis, results, row, runs), log, share and results.is_accuracy
+        )
 
     def _draw_metric(axis: Axes, results: Results, row: str, runs: list[Result]) -> None:
         _draw_band(axis, [_series(run, metric) for run in runs], row, results.color(row))
@@ -131,7 +134,7 @@ def _early_warning(results: Results) -> Figure | None:
                 past = statistics.median(values[step] for step in steps[: index - _WINDOW])
                 recent = statistics.fmean(values[step] for step in steps[index - _WINDOW : index])
                 growth[steps[index - 1]] = recent / past if past else math.nan
-            style = "--" if collapsed(run) else "-"
+            style = "--" if collapsed(results, run) else "-"
             axis.plot(list(growth), list(growth.values()), style, color=results.color(row), label=row, linewidth=1.2)
         axis.axhline(1, color="grey", linewidth=0.8)
 
@@ -142,7 +145,7 @@ def _early_warning(results: Results) -> Figure | None:
 
 
 def _phase_diagram(results: Results) -> Figure | None:
-    """Final accuracy over the whole grid."""
+    """What was reached at the end, over the whole grid."""
     if not results.has(FINAL.metric):
         return None
     rows, columns = results.row_names, results.column_names
@@ -154,12 +157,13 @@ def _phase_diagram(results: Results) -> Figure | None:
     image = axis.imshow(grid, aspect="auto", cmap="viridis")
     axis.set_xticks(range(len(columns)), columns, fontsize=8, rotation=20, ha="right")
     axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    form = "{:.1%}" if results.is_accuracy else "{:.3f}"
     middle = statistics.fmean(image.get_clim())
     for y, line in enumerate(grid):
         for x, value in enumerate(line):
             if math.isfinite(value):
                 color = "black" if value > middle else "white"
-                axis.text(x, y, f"{100 * value:.1f}", ha="center", va="center", color=color, fontsize=8)
+                axis.text(x, y, form.format(value), ha="center", va="center", color=color, fontsize=8)
     figure.colorbar(image, ax=axis)
     return figure
 
@@ -175,7 +179,7 @@ def _mismatch_against_movement(results: Results) -> Figure | None:
         for run in results.ended(cell):
             mismatch, shift = MISMATCH.of(run.rows), SHIFT.of(run.rows)
             if mismatch is not None and shift is not None:
-                fill = "none" if collapsed(run) else "full"
+                fill = "none" if collapsed(results, run) else "full"
                 axis.plot(mismatch, shift, marker, fillstyle=fill, color=results.color(row_of(cell)))
     for row in results.row_names:
         axis.plot([], [], "o", color=results.color(row), label=row)
@@ -188,11 +192,15 @@ def _mismatch_against_movement(results: Results) -> Figure | None:
 
 
 _PICTURES: tuple[tuple[str, str, Callable[[Results], Figure | None]], ...] = (
-    ("Phase diagram", "Held-out accuracy at the end in %, mean over seeds.", _phase_diagram),
     (
-        "Held-out accuracy",
-        "Sampled as in training, in the cell's own rollout precision.",
-        _curves("eval/accuracy", share=True),
+        "Phase diagram",
+        "Held-out at the end, mean over seeds: accuracy, or mean reward where not 0 or 1.",
+        _phase_diagram,
+    ),
+    (
+        "Held-out reward",
+        "Accuracy where rewards are 0 or 1. Sampled as in training, in the cell's own rollout precision.",
+        _curves(MEAN, share=True),
     ),
     ("Reward", "Mean of each rollout.", _curves("reward/mean", share=True)),
     (

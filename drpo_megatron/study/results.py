@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from drpo_megatron.files import write_text
+from drpo_megatron.intervals import ACCURACY, MEAN
 from drpo_megatron.sinks import METRICS_FILE, read_metrics
 from drpo_megatron.study.cells import Record, read_record
 from drpo_megatron.study.file import Cell, StudyFile, expand
@@ -23,6 +24,9 @@ GRID_FILE = "study.json"
 
 Rows = list[dict[str, Any]]
 
+REWARD = "reward"
+"""Form of a measure that is a share, in %, when every held-out reward of the study is 0 or 1, and else any number."""
+
 
 @dataclass(frozen=True, slots=True)
 class Measure:
@@ -32,6 +36,7 @@ class Measure:
     metric: str
     reduce: Callable[[Sequence[float]], float]
     form: str = ".3g"
+    """Of `format`, or REWARD."""
 
     def of(self, rows: Rows) -> float | None:
         """None where the run doesn't have the metric."""
@@ -59,20 +64,20 @@ def growth(values: Sequence[float]) -> float:
     return statistics.fmean(values[-size:]) / head if head else math.nan
 
 
-BEFORE = Measure("held-out before RL", "eval/accuracy", first, ".1%")
-FINAL = Measure("held-out at the end", "eval/accuracy", last, ".1%")
-BEST = Measure("held-out, best", "eval/accuracy", max, ".1%")
+BEFORE = Measure("held-out before RL", MEAN, first, REWARD)
+FINAL = Measure("held-out at the end", MEAN, last, REWARD)
+BEST = Measure("held-out, best", MEAN, max, REWARD)
 MISMATCH = Measure("mismatch: mean abs(pi_old - mu)", "mismatch/abs_prob_shift/mean", statistics.fmean)
 SHIFT = Measure("all steps: mean abs(pi - mu)", "shift/abs_prob_shift/mean", statistics.fmean)
 GROUPS = (
     (
         "What was learnt",
-        "Accuracy on held-out problems, sampled as in training: by the engine in the cell's own rollout precision.",
+        "Held-out problems are sampled as in training: by the engine in the cell's own rollout precision.",
         (
             BEFORE,
             BEST,
             FINAL,
-            Measure("reward, last quarter", "reward/mean", tail, ".1%"),
+            Measure("reward, last quarter", "reward/mean", tail, REWARD),
             Measure("entropy, last quarter (nats)", "policy/entropy/mean", tail, ".3f"),
             Measure("gradient norm", "optim/grad_norm", statistics.fmean, ".2f"),
         ),
@@ -121,7 +126,9 @@ class Result:
 
     @cached_property
     def rows(self) -> Rows:
-        return read_metrics(self.path / METRICS_FILE)
+        """Rows of runs from before there was a mean reward have an accuracy alone, which is one."""
+        rows = read_metrics(self.path / METRICS_FILE)
+        return [row | {MEAN: row[ACCURACY]} if ACCURACY in row else row for row in rows]
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -167,6 +174,20 @@ class Results:
 
     def has(self, metric: str) -> bool:
         return metric in self.metrics
+
+    @cached_property
+    def is_accuracy(self) -> bool:
+        """Every reward of every held-out evaluation is 0 or 1, so that their mean is an accuracy."""
+        rows = [row for run in self.runs if run.has_ended for row in run.rows if row.get(MEAN) is not None]
+        return all(ACCURACY in row for row in rows)
+
+    @property
+    def heldout_name(self) -> str:
+        return "accuracy" if self.is_accuracy else "mean reward"
+
+    def form(self, measure: Measure) -> str:
+        """Of `format`."""
+        return (".1%" if self.is_accuracy else ".3f") if measure.form == REWARD else measure.form
 
     @property
     def row_names(self) -> list[str]:
@@ -262,7 +283,12 @@ def reservations(results: Results) -> list[str]:
         notes += _differing(package, {record.versions.get(package, "none") for record in records})
     if len(results.file.seeds) == 1:
         notes.append(f"One seed only ({results.file.seeds[0]}): there is no spread, and no difference can be trusted.")
-    if sizes := _answer_counts(done):
+    if not results.is_accuracy:
+        notes.append(
+            "Held-out rewards are not all 0 or 1: their mean is no accuracy, and rules in points of accuracy (collapse, the "
+            "paper's claims) are not applied."
+        )
+    elif sizes := _answer_counts(done):
         notes.append(
             f"Held-out accuracy rests on {sizes} answers: chance alone spreads it by {50 / math.sqrt(sizes):.1f} "
             f"points (one standard error at 50 %), beside the spread over seeds."

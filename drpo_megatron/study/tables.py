@@ -44,16 +44,16 @@ def accuracy_table(results: Results) -> Table:
         cells = [results.at(row, column) for column in results.column_names]
         texts = []
         for cell in cells:
-            num_collapsed = sum(map(collapsed, results.ended(cell))) if cell else 0
-            text = mean_and_spread(list(results.values(cell, FINAL).values()), FINAL.form) if cell else ""
+            num_collapsed = sum(collapsed(results, run) for run in results.ended(cell)) if cell else 0
+            text = mean_and_spread(list(results.values(cell, FINAL).values()), results.form(FINAL)) if cell else ""
             texts.append(f"{text} ({num_collapsed} collapsed)" if num_collapsed else text)
         rows.append([row, *texts])
     axes = list(results.file.axes)
     seeds = ", ".join(map(str, results.file.seeds))
     return Table(
-        "Held-out accuracy at the end",
+        f"Held-out {results.heldout_name} at the end",
         f"Mean ± standard deviation over seeds {seeds}, in the cell's own rollout precision; a dash: no finished run.",
-        [axes[0], *(column or "accuracy" for column in results.column_names)],
+        [axes[0], *(column or results.heldout_name for column in results.column_names)],
         rows,
     )
 
@@ -89,6 +89,6 @@ def _of_cells(results: Results, title: str, note: str, measures: Sequence[Measur
     rows = []
     for cell in results.cells:
         values = [list(results.values(cell, measure).values()) for measure in measures]
-        texts = [mean_and_spread(found, measure.form) for found, measure in zip(values, measures, strict=True)]
+        texts = [mean_and_spread(found, results.form(measure)) for found, measure in zip(values, measures, strict=True)]
         rows.append([cell.name, f"{len(results.ended(cell))}/{len(results.file.seeds)}", *texts])
     return Table(title, note, ["cell", "seeds", *(measure.label for measure in measures)], rows)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drpo_megatron.objectives.advantages import group_advantages, is_equal_group
+from drpo_megatron.objectives.advantages import AdvantageName, group_advantages, is_equal_group
 from drpo_megatron.objectives.aggregation import AggregationMode, token_weights
 
 MODES: list[AggregationMode] = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
@@ -90,3 +93,38 @@ def test_bad_aggregation_inputs_are_named() -> None:
         token_weights([3, -1], "token-mean")
     with pytest.raises(ValueError, match="'mean' is unknown; use token-mean"):
         token_weights([3], "mean")  # type: ignore[arg-type]
+
+
+EQUAL_BUT_FOR_ROUNDING = [
+    (0.1 + 0.2, 0.3),
+    (sum([0.1] * 10), 1.0),
+    (sum([1e-4] * 10_000), 1.0),  # Off by 9.4e-14.
+    (0.1 + 0.2 - 0.3, 0.0),
+    (0.0, -0.0),
+    (1e12 / 3 * 3 + 1e-4, 1e12 + 1e-4, (1e12 + 1e-4) * (1 + 2**-50)),
+    tuple(float(value) for value in (np.float32(0.1) * np.float32(3), np.float32(0.3))),
+    (float(np.float32(0.1) + np.float32(0.7) + np.float32(0.1)), float(np.float32(0.9))),
+]
+
+
+@pytest.mark.parametrize("rewards", EQUAL_BUT_FOR_ROUNDING)
+@pytest.mark.parametrize("name", ["group_mean", "group_mean_std", "rloo"])
+def test_rewards_that_differ_by_rounding_are_equal(rewards: tuple[float, ...], name: AdvantageName) -> None:
+    assert is_equal_group(rewards) and group_advantages(rewards, name) == [0.0] * len(rewards)
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        (0.3, 0.3 + 1e-9),
+        (1.0, 1.0 - 1e-6),
+        (0.5, 0.5 + 1e-12),
+        (2.0**53, 2.0**53 - 1),  # Whole numbers are exact.
+        (5e6, 5e6 + 1),
+        (1e12 + 0.5, 1e12),
+        (0.0, 1.0, 0.0),
+    ],
+)
+def test_rewards_that_differ_by_more_are_not_equal(rewards: tuple[float, ...]) -> None:
+    assert not is_equal_group(rewards)
+    assert max(group_advantages(rewards)) == pytest.approx(max(rewards) - math.fsum(rewards) / len(rewards), rel=1e-3)

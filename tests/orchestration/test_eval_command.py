@@ -43,7 +43,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(tmp_path: Path, monkeypatc
 
     whole = evaluate_model(Path("model"), EvalOptions(**options, reward=reward), said.append)
     assert resumed == whole
-    assert whole.num_problems * whole.samples_per_prompt == _NUM_PROBLEMS * _SAMPLES and whole.low < whole.accuracy
+    assert whole.num_problems * whole.samples_per_prompt == _NUM_PROBLEMS * _SAMPLES and whole.low < whole.mean
 
     with pytest.raises(ValueError, match="holds scores with seed=1, not 2"):
         evaluate_model(Path("model"), EvalOptions(**options | {"seed": 2}, reward=reward, out=out), said.append)

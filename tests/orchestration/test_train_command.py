@@ -42,8 +42,8 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     rows = command.metrics(run)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert summary["policy_version"] == summary["num_steps"] == 4
-    assert summary["heldout_before"] == rows[0]["eval/accuracy"]
-    assert summary["heldout_after"] == rows[4]["eval/accuracy"]
+    assert summary["heldout_before"] == rows[0]["eval/reward/mean"]
+    assert summary["heldout_after"] == rows[4]["eval/reward/mean"]
     assert set(summary["peak_rss_mb"]) == {"trainer-rank0", "engine-0", "rewards", "driver"}
     of_the_driver = {"startup", "warmup", "wait_for_rollouts", "train", "sync", "eval", "checkpoint"}
     assert of_the_driver | {"generate", "reward"} <= set(summary["phase_s"])
@@ -119,7 +119,7 @@ def test_a_run_starts_where_another_one_ended(finished: Path, tmp_path: Path) ->
     assert code == 0, output
     before, after = command.metrics(tmp_path / "run")
     # The engine has the same weights from the first rollout on, and scores what the other run scored at its end.
-    assert before["eval/accuracy"] == command.metrics(finished / "run")[4]["eval/accuracy"]
+    assert before["eval/reward/mean"] == command.metrics(finished / "run")[4]["eval/reward/mean"]
     assert after["mismatch/abs_prob_shift/max"] < 1e-4
 
 
@@ -195,4 +195,4 @@ def test_eval_scores_the_trained_model_as_the_run_did(finished: Path) -> None:
     code, output = command.run(finished, "eval", "run", "--json")
     assert code == 0, output
     summary = json.loads((finished / "run" / "summary.json").read_text())
-    assert json.loads(output.splitlines()[-1])["accuracy"] == pytest.approx(summary["heldout_after"], abs=1e-9)
+    assert json.loads(output.splitlines()[-1])["mean_reward"] == pytest.approx(summary["heldout_after"], abs=1e-9)

@@ -134,7 +134,7 @@ def test_a_collapse_is_a_loss_of_half_the_gain_and_of_five_points(
     make: Callable[..., Study], accuracies: list[float], is_collapse: bool
 ) -> None:
     results = read_results(make(lambda cell, seed: accuracies, seeds=[0]).runs_dir)
-    assert {collapsed(run) for run in results.runs} == {is_collapse}
+    assert {collapsed(results, run) for run in results.runs} == {is_collapse}
 
 
 def test_a_run_that_diverged_counts_as_collapsed_and_is_not_run_again(make: Callable[..., Study]) -> None:
@@ -143,7 +143,7 @@ def test_a_run_that_diverged_counts_as_collapsed_and_is_not_run_again(make: Call
     write_run(run, [0.5, 0.9], state="diverged")
     results = read_results(study.runs_dir)
     found = next(result for result in results.runs if result.cell.name == "grpo+fp8")
-    assert found.has_ended and collapsed(found)
+    assert found.has_ended and collapsed(results, found)
     assert inspect(study)[run] == "done"
 
 
