@@ -14,7 +14,7 @@ from pathlib import Path
 
 from drpo_megatron.data.jsonl import write_jsonl
 from drpo_megatron.data.math_files import INSTRUCTION, collect, sample
-from drpo_megatron.rewards.math import math_reward
+from drpo_megatron.rewards import math as math_reward
 from drpo_megatron.types import Prompt
 
 _NOBODY = Prompt("check", (), "")
@@ -44,8 +44,8 @@ def main() -> int:
 
 
 def readable(answer: str) -> str | None:
-    """The answer, if the reward finds it right in a box."""
-    return answer if math_reward(f"\\boxed{{{answer}}}", answer, _NOBODY) else None
+    """The answer, if the reward can read it."""
+    return answer if math_reward.readable("", answer, _NOBODY) else None
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from drpo_megatron.config.hf_config import HFModelConfig, read_hf_config
-from drpo_megatron.config.objective import DRPOConfig, GSPOConfig, ImportedObjectiveConfig
+from drpo_megatron.config.objective import DRPOConfig, GSPOConfig, ImportedObjectiveConfig, SAPOConfig
 from drpo_megatron.config.placement_checks import placement_problems
 from drpo_megatron.config.problems import listed
 from drpo_megatron.config.sections import Config, ParallelSection
@@ -312,7 +312,17 @@ def _sequence_level(config: Config) -> str | None:
 
 
 def _warnings(config: Config) -> Iterator[str]:
-    objective = config.objective
+    objective, aggregation = config.objective, config.trainer.aggregation
+    if isinstance(objective, GSPOConfig | SAPOConfig) and aggregation != "seq-mean-token-mean":
+        weighed = {
+            "token-mean": "by its length",
+            "seq-mean-token-sum-norm": "by its length over trainer.horizon",
+        }[aggregation]
+        yield (
+            f"objective.name={objective.name} with trainer.aggregation={aggregation} is not the paper's objective: a "
+            f"sequence counts {weighed}, and there each counts the same; trainer.aggregation=seq-mean-token-mean is the "
+            "paper's"
+        )
     if (
         isinstance(objective, DRPOConfig)
         and objective.delta >= 1

@@ -157,12 +157,26 @@ def _json_rows(file: Path) -> list[dict[str, Any]]:
 def _question(fields: dict[str, Any], place: str) -> str:
     value = next((fields[name] for name in _QUESTIONS if fields.get(name)), None)
     if isinstance(value, list):
-        value = next((turn.get("content") for turn in value if turn.get("role") == "user"), None)
+        value = _only_turn(value, place)
     if not isinstance(value, str) or not (question := _without_instruction(value)):
         raise ValueError(
             f"{place} has no question in {', '.join(_QUESTIONS)}; it has: {', '.join(fields) or 'nothing'}"
         )
     return question
+
+
+def _only_turn(turns: Sequence[Any], place: str) -> Any:
+    """The content of the one turn of the user; a turn of the system before it is an instruction and goes.
+
+    Raises: ValueError for a conversation: the answer of a row is to its last question, which is none without the others.
+    """
+    roles = [turn.get("role") if isinstance(turn, dict) else None for turn in turns]
+    if [role for role in roles if role not in ("system", "developer")] != ["user"]:
+        raise ValueError(
+            f"{place} is a conversation of {', '.join(map(str, roles))}; one question and its answer are needed: give "
+            "rows with one turn of role user"
+        )
+    return turns[roles.index("user")].get("content")
 
 
 def _answer(fields: dict[str, Any], place: str) -> str:

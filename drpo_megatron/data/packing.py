@@ -98,6 +98,12 @@ def _longest_first(lengths: Sequence[int], num_bins: int) -> list[tuple[int, lis
     return [(load, sorted(members[b])) for load, b in heap]
 
 
+def padded_length(num_tokens: int, context: int) -> int:
+    """Of a sequence alone, as `pack` pads it for so many context-parallel ranks."""
+    multiple = 2 * context if context > 1 else 1
+    return math.ceil(num_tokens / multiple) * multiple
+
+
 def pack(
     samples: Sequence[Sample],
     token_weights: Sequence[float],

@@ -41,7 +41,7 @@ def read_prompts(path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBas
         prompts.append(
             Prompt(
                 prompt_id=prompt_id,
-                token_ids=encode_prompt(tokenizer, question, config.data.system_prompt),
+                token_ids=_encoded(place, tokenizer, question, config),
                 answer=answer,
                 text=question,
                 metadata={k: v for k, v in fields.items() if k not in ("id", prompt_field, answer_field)},
@@ -67,7 +67,7 @@ def read_demonstrations(
         samples.append(
             Sample(
                 sample_id=f"{Path(path).stem}-{len(samples)}",
-                prompt_ids=encode_prompt(tokenizer, question, config.data.system_prompt),
+                prompt_ids=_encoded(place, tokenizer, question, config),
                 response_ids=response_ids,
                 behavior_logprobs=(0.0,) * len(response_ids),
                 advantage=1.0,
@@ -163,6 +163,13 @@ def content_hash(prompts: Iterable[Prompt]) -> str:
     for prompt in prompts:
         digest.update(json.dumps([prompt.prompt_id, prompt.token_ids, prompt.answer]).encode())
     return digest.hexdigest()
+
+
+def _encoded(place: str, tokenizer: PreTrainedTokenizerBase, question: str, config: Config) -> tuple[int, ...]:
+    try:
+        return encode_prompt(tokenizer, question, config.data.system_prompt)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _text(fields: dict[str, Any], name: str, place: str) -> str:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+_TEMPLATE_S = 20.0
+"""A template takes a millisecond."""
 
 
 def load_tokenizer(hf_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -21,14 +28,71 @@ def load_tokenizer(hf_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> None:
+    """That the chat template can be applied, ends, and holds what it is given, on a problem that nobody has.
+
+    Raises: ValueError in one line.
+    """
+    with _time_limit(f"{_named(tokenizer)} does not end within {_TEMPLATE_S:g} s; mend it"):
+        first, second = (_applied(tokenizer, question, system_prompt) for question in ("What is 1 + 1?", "And 2 + 2?"))
+        bare = _applied(tokenizer, "What is 1 + 1?", None) if system_prompt else None
+    if first == second:
+        raise ValueError(f"{_named(tokenizer)} makes {first[:80]!r} of any question: it leaves the question out; mend it")
+    if first == bare:
+        raise ValueError(f"{_named(tokenizer)} leaves out data.system_prompt; leave data.system_prompt out, or mend it")
+
+
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str | None = None
 ) -> tuple[int, ...]:
-    """Chat template with the generation prompt at the end: exactly what the engine continues."""
+    """Chat template with the generation prompt at the end: exactly what the engine continues.
+
+    Raises: ValueError in one line for a template that refuses the messages or is broken, and when no token comes out.
+    """
+    text = _applied(tokenizer, question, system_prompt)
+    token_ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not token_ids:
+        raise ValueError(f"{_named(tokenizer)} makes no token of the question {question[:80]!r}; mend it")
+    return token_ids
+
+
+def _applied(tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str | None) -> str:
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages.append({"role": "user", "content": question})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TimeoutError:
+        raise
+    except Exception as error:  # A template is a program of somebody else's, and raises anything.
+        lines = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+        fix = "mend it, or leave data.system_prompt out" if system_prompt else "mend it"
+        raise ValueError(f"{_named(tokenizer)} can't be applied ({reason}); {fix}") from error
+
+
+def _named(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"the chat template of the tokenizer in {tokenizer.name_or_path}"
+
+
+@contextmanager
+def _time_limit(message: str) -> Iterator[None]:
+    """ValueError after _TEMPLATE_S. Only the main thread gets alarms; elsewhere nothing limits the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(signum: int, frame: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, _TEMPLATE_S)
+    try:
+        yield
+    except TimeoutError:
+        raise ValueError(message) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def encode_demonstration(tokenizer: PreTrainedTokenizerBase, response: str) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from drpo_megatron.config import Config, load_resolved
 from drpo_megatron.config.checks import check_evaluation
 from drpo_megatron.config.sections import TransformersEngineSection
 from drpo_megatron.data.prompts import content_hash, read_prompts
-from drpo_megatron.data.tokenize import load_tokenizer
+from drpo_megatron.data.tokenize import check_template, load_tokenizer
 from drpo_megatron.orchestration.answers import unreadable_answers
 from drpo_megatron.rewards import RewardScorer
 from drpo_megatron.rewards.failures import FailureWatch
@@ -58,7 +58,9 @@ def evaluate_model(directory: Path, options: EvalOptions, say: Callable[[str], N
         raise ValueError(f"{directory} was trained without data.heldout; give --prompts FILE")
     check_evaluation(config)
     require_servable(config.model.hf_path)
-    prompts = read_prompts(config.data.heldout, load_tokenizer(config.model.hf_path), config)
+    tokenizer = load_tokenizer(config.model.hf_path)
+    check_template(tokenizer, config.data.system_prompt)
+    prompts = read_prompts(config.data.heldout, tokenizer, config)
     chosen = prompts if options.prompts else prompts[: config.eval.max_prompts]
     if unreadable := unreadable_answers(config.data.heldout, prompts, config.reward):
         say("warning: " + "\n".join(unreadable))

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from drpo_megatron.config import Config
+from drpo_megatron.config.hf_config import read_expert_routing
+from drpo_megatron.data.packing import padded_length
 from drpo_megatron.orchestration.rollouts import rollout_metrics
-from drpo_megatron.rollout.dump import identity, read_rollout, rollout_file
+from drpo_megatron.rollout.dump import check_numbers, identity, read_rollout, rollout_file
 from drpo_megatron.types import RolloutGroup
 
 
@@ -17,6 +21,9 @@ class DumpedRollouts:
     def __init__(self, directory: Path, config: Config) -> None:
         self.directory, self.config = directory, config
         self.identity = identity(config)
+        hf_config = AutoConfig.from_pretrained(config.model.hf_path, local_files_only=True, trust_remote_code=False)
+        self.vocab_size: int = hf_config.get_text_config().vocab_size
+        self.routing = read_expert_routing(config.model.hf_path)
         self.num_tokens = 0
         """Drawn: none."""
 
@@ -50,32 +57,42 @@ class DumpedRollouts:
 
     def _read(self, step: int) -> list[RolloutGroup]:
         file = rollout_file(self.directory, step)
-        written, groups = read_rollout(file, self.identity)
+        written, groups = read_rollout(file, self.identity, self._check)
         if written != step:
             raise ValueError(f"{file} is of step {written}; its name says {step}")
-        for group in groups:
-            self._check(group, file)
         return groups
 
-    def _check(self, group: RolloutGroup, file: Path) -> None:
-        """That the samples have what this run's objective and trainer ask for."""
+    def _check(self, group: RolloutGroup) -> None:
+        """That the samples are of this model, and have what this run's objective and trainer ask for."""
         config, prompt = self.config, group.prompt
+        check_numbers(group, self.vocab_size)
+        if not prompt.token_ids:
+            raise ValueError("the prompt has no tokens; nothing predicts the first of the response")
         num_topk = config.objective.needed_topk
         limit = config.trainer.max_tokens_per_micro_batch
         for completion in group.completions:
             present = len(completion.topk_ids[0]) if completion.topk_ids else 0
             if completion.token_ids and present < num_topk:
                 raise ValueError(
-                    f"{file}: objective={config.objective.name} needs the {num_topk} most probable tokens of every "
-                    f"position, and the dump has {present} (prompt {prompt.prompt_id}); draw it with this objective"
+                    f"objective={config.objective.name} needs the {num_topk} most probable tokens of every "
+                    f"position, and the dump has {present}; draw it with this objective"
                 )
             if config.trainer.routing_replay != "off" and completion.routed_experts is None:
                 raise ValueError(
-                    f"{file}: trainer.routing_replay={config.trainer.routing_replay} needs routed experts, and the dump "
-                    f"has none (prompt {prompt.prompt_id}); draw it with the same setting, or set it to off"
+                    f"trainer.routing_replay={config.trainer.routing_replay} needs routed experts, and the dump "
+                    f"has none; draw it with the same setting, or set it to off"
                 )
-            if (length := len(prompt.token_ids) + len(completion.token_ids)) > limit:
+            if (routed := completion.routed_experts) is not None and self.routing is not None and routed.shape[0]:
+                layers, experts = len(self.routing.moe_layers), self.routing.experts_per_token
+                highest, ids = self.routing.num_experts, routed.ids()
+                if routed.shape[1:] != (layers, experts) or not (ids.min() >= 0 and ids.max() < highest):
+                    raise ValueError(
+                        f"routed experts of shape {routed.shape} with ids {ids.min()} to {ids.max()}: the model has {layers} "
+                        f"layers of {highest} experts and routes a token to {experts}"
+                    )
+            length = padded_length(len(prompt.token_ids) + len(completion.token_ids), config.parallel.context)
+            if length > limit:
                 raise ValueError(
-                    f"{file}: a sequence of prompt {prompt.prompt_id} has {length} tokens, more than "
+                    f"a sequence has {length} tokens, more than "
                     f"trainer.max_tokens_per_micro_batch={limit}; raise it"
                 )

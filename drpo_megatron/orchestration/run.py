@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from drpo_megatron.checkpoint.model_check import require_trainable
 from drpo_megatron.config import Config
 from drpo_megatron.config.objective import ImportedObjectiveConfig
 from drpo_megatron.config.sections import ImportedReward
+from drpo_megatron.data.packing import padded_length
 from drpo_megatron.data.prompts import PromptStream, read_demonstrations, read_prompts
-from drpo_megatron.data.tokenize import load_tokenizer
+from drpo_megatron.data.tokenize import check_template, load_tokenizer
 from drpo_megatron.files import write_text
 from drpo_megatron.intervals import HeldOut
 from drpo_megatron.orchestration.answers import unreadable_answers
@@ -63,6 +65,7 @@ def read_inputs(config: Config) -> Inputs:
     precision_notes = check_precision(config, hf_config, hardware)
     check_functions(config)
     tokenizer = load_tokenizer(config.model.hf_path)
+    check_template(tokenizer, config.data.system_prompt)
     heldout = read_prompts(config.data.heldout, tokenizer, config) if config.data.heldout else []
     prompts = read_prompts(config.data.train, tokenizer, config)
     rollout = config.rollout
@@ -75,6 +78,8 @@ def read_inputs(config: Config) -> Inputs:
             f"rollout.prompts_per_step={rollout.prompts_per_step} in up to {1 + rollout.resample_equal_groups} rounds, "
             f"for rollout.max_staleness={rollout.max_staleness} steps ahead, too; give more prompts or lower them"
         )
+    demonstrations = read_demonstrations(config.warmup.data, tokenizer, config) if config.warmup else []
+    check_micro_batch(config, prompts, demonstrations)
     unreadable = []
     if rollout.from_dump is None:
         unreadable = unreadable_answers(config.data.train, prompts, config.reward)
@@ -83,11 +88,33 @@ def read_inputs(config: Config) -> Inputs:
     return Inputs(
         prompts=prompts,
         heldout=heldout,
-        demonstrations=read_demonstrations(config.warmup.data, tokenizer, config) if config.warmup else [],
+        demonstrations=demonstrations,
         precision_notes=precision_notes,
         model_notes=model_notes,
         unreadable=unreadable,
     )
+
+
+def check_micro_batch(config: Config, prompts: Sequence[Prompt], demonstrations: Sequence[Sample]) -> None:
+    """That the longest sequence that there can be fits into a micro-batch. ValueError names it, and the fix."""
+    limit, response = config.trainer.max_tokens_per_micro_batch, config.rollout.max_response_tokens
+    padded = partial(padded_length, context=config.parallel.context)
+    sizes: dict[str, tuple[int, str]] = {}
+    if config.rollout.from_dump is None:
+        longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+        size = len(longest.token_ids)
+        text = f"prompt {longest.prompt_id} of {size} tokens with rollout.max_response_tokens={response}"
+        sizes[config.data.train] = padded(size + response), text
+    if config.warmup is not None:
+        demonstration = max(demonstrations, key=lambda sample: sample.num_tokens)
+        text = f"demonstration {demonstration.sample_id}"
+        sizes[config.warmup.data] = padded(demonstration.num_tokens), text
+    for file, (size, what) in sizes.items():
+        if size > limit:
+            raise ValueError(
+                f"{file}: {what} makes a sequence of up to {size} tokens, more than "
+                f"trainer.max_tokens_per_micro_batch={limit}; raise that to at least {size}, or remove long ones"
+            )
 
 
 def check_functions(config: Config) -> None:

@@ -7,9 +7,10 @@ DIR/step_000001.jsonl    {"format": 1, "step": 1, "num_groups": 64, "of": {what 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from drpo_megatron.data.jsonl import read_jsonl, write_jsonl
 from drpo_megatron.types import Completion, Prompt, RolloutGroup, RoutedExperts
 
 _FORMAT = 1
+_MAX_LOGPROB = 1e-3
+"""Of a certain token, by rounding: logits of size 1e3 are good to 1e-4 in FP32, and so is their logarithm of a sum."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
@@ -59,11 +62,17 @@ def write_rollout(
     write_jsonl(path, [head, *map(group_to_dict, groups)])
 
 
-def read_rollout(path: str | os.PathLike[str], drawn_as: dict[str, Any]) -> tuple[int, list[RolloutGroup]]:
+def read_rollout(
+    path: str | os.PathLike[str],
+    drawn_as: dict[str, Any],
+    check: Callable[[RolloutGroup], None] = lambda group: None,
+) -> tuple[int, list[RolloutGroup]]:
     """(step, groups) as they were written.
 
-    Raises: ValueError with file and line for a line that is cut off, lacks a field or contradicts itself, for a file
-        that ends too early, and for one whose rollouts were drawn otherwise than `drawn_as`, with each difference.
+    check: raises ValueError for a group that can't be used.
+    Raises: ValueError with file and line for a line that is cut off, lacks a field, contradicts itself or holds numbers
+        that nothing draws, for a file that ends too early, and for one whose rollouts were drawn otherwise than
+        `drawn_as`, with each difference.
     """
     lines = read_jsonl(path)
     place, head = next(lines)
@@ -78,7 +87,7 @@ def read_rollout(path: str | os.PathLike[str], drawn_as: dict[str, Any]) -> tupl
         raise ValueError(
             f"{path} does not fit this run: {'; '.join(differences)}. Train with the configuration that drew it"
         )
-    groups = [group_from_dict(fields, place) for place, fields in lines]
+    groups = [_checked(group_from_dict(fields, place), place, check) for place, fields in lines]
     if len(groups) != head.get("num_groups"):
         raise ValueError(
             f"{path} has {len(groups)} groups, but its head promises {head.get('num_groups')}: it was cut off; dump it again"
@@ -108,6 +117,57 @@ def group_from_dict(fields: dict[str, Any], place: str) -> RolloutGroup:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{place} is not a rollout group: {error}") from error
     return group
+
+
+def _checked(group: RolloutGroup, place: str, check: Callable[[RolloutGroup], None]) -> RolloutGroup:
+    try:
+        check_numbers(group)
+        check(group)
+    except ValueError as error:
+        raise ValueError(f"{place} (prompt {group.prompt.prompt_id}): {error}") from error
+    return group
+
+
+def check_numbers(group: RolloutGroup, vocab_size: float = math.inf) -> None:
+    """Raises: ValueError for token ids that are no ids, log-probs that are none, rewards that are not finite."""
+    _check_ids("the prompt", group.prompt.token_ids, vocab_size)
+    if not group.completions:
+        raise ValueError("it has no completions")
+    for index, reward in enumerate(group.rewards):
+        if not _is_number(reward) or not math.isfinite(reward):
+            raise ValueError(f"reward {index} is {reward!r}; rewards must be finite numbers")
+    for index, completion in enumerate(group.completions):
+        name = f"completion {index}"
+        _check_ids(name, completion.token_ids, vocab_size)
+        _check_logprobs(name, completion.logprobs)
+        for ids, logprobs in zip(completion.topk_ids or (), completion.topk_logprobs or (), strict=True):
+            if len(ids) != len(logprobs):
+                raise ValueError(f"{name} has {len(ids)} topk_ids and {len(logprobs)} topk_logprobs at one position")
+            _check_ids(f"{name}'s topk_ids", ids, vocab_size)
+            _check_logprobs(f"{name}'s topk_logprobs", logprobs)
+        if completion.routed_experts is not None and completion.token_ids:
+            rows = len(group.prompt.token_ids) + len(completion.token_ids) - 1
+            if completion.routed_experts.shape[0] != rows:
+                raise ValueError(f"{name} has routed experts of {completion.routed_experts.shape[0]} tokens, not {rows}")
+
+
+def _check_ids(what: str, ids: Sequence[Any], vocab_size: float) -> None:
+    for place, token in enumerate(ids):
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            limit = f"below the vocabulary's {vocab_size}" if math.isfinite(vocab_size) else "from 0 on"
+            raise ValueError(f"token {place} of {what} is {token!r}; ids are whole numbers {limit}")
+
+
+def _check_logprobs(what: str, logprobs: Sequence[Any]) -> None:
+    for place, value in enumerate(logprobs):
+        if not _is_number(value) or not -math.inf < value <= _MAX_LOGPROB:
+            raise ValueError(
+                f"log mu {place} of {what} is {value!r}; the log of a probability is a finite number of at most 0"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_lengths(group: RolloutGroup) -> None:

@@ -221,7 +221,21 @@ def test_warm_up_batches_smaller_than_data_parallelism_are_refused(directory: Pa
 
 
 def test_sequence_level_objectives_run_without_context_parallelism(directory: Path) -> None:
-    assert check_config(config(objective={"name": "gspo"})) == []
+    trainer = {"aggregation": "seq-mean-token-mean"}
+    assert check_config(config(objective={"name": "gspo"}, trainer=trainer)) == []
+
+
+@pytest.mark.parametrize("name", ["gspo", "sapo"])
+@pytest.mark.parametrize("aggregation", [None, "token-mean", "seq-mean-token-sum-norm"])
+def test_objectives_of_papers_that_count_sequences_alike_say_so_under_another_aggregation(
+    directory: Path, name: str, aggregation: str | None
+) -> None:
+    trainer = {"aggregation": aggregation} if aggregation else {}
+    (warning,) = check_config(config(objective={"name": name}, trainer=trainer))
+    used = aggregation or "seq-mean-token-sum-norm"
+    assert warning.startswith(f"objective.name={name} with trainer.aggregation={used} is not the paper's objective")
+    assert warning.endswith("trainer.aggregation=seq-mean-token-mean is the paper's")
+    assert check_config(config(objective={"name": "grpo"}, trainer=trainer)) == []
 
 
 def test_scoring_checks_what_it_reads_and_nothing_else(directory: Path) -> None:

@@ -140,3 +140,41 @@ def test_rows_are_numbered_as_errors_name_them(tmp_path: Path) -> None:
         (0, "0"),
         (1, "1"),
     ]
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [("user", "What is $1+1$?"), ("assistant", "2"), ("user", "And $3+3$?")],
+        [("user", "What is $1+1$?"), ("user", "And $3+3$?")],
+        [("user", "What is $1+1$?"), ("assistant", "2")],
+        [("system", "Be brief."), ("assistant", "2")],
+        [("human", "What is $1+1$?")],
+    ],
+)
+@pytest.mark.parametrize("tool", ["prepare_dapo_math.py", "prepare_aime.py"])
+def test_a_conversation_is_refused_by_row_instead_of_pairing_its_first_question_with_the_last_answer(
+    tmp_path: Path, tool: str, turns: list[tuple[str, str]]
+) -> None:
+    row = dapo_row("What is $2+2$?", "4")
+    several = row | {"prompt": [{"role": role, "content": content} for role, content in turns]}
+    write_jsonl(tmp_path / "rows.jsonl", [row, several])
+    code, _, error = run(tool, tmp_path / "rows.jsonl", tmp_path / "out.jsonl")
+    roles = ", ".join(role for role, _ in turns)
+    assert code == 2 and f"rows.jsonl, row 1 is a conversation of {roles}; one question" in error
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_system_turn_before_the_question_goes_as_other_instructions_do(tmp_path: Path) -> None:
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is $2+2$?"}]
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": prompt, "answer": "4"}])
+    problems, _ = collect([tmp_path / "rows.jsonl"], lambda answer: answer)
+    assert [(problem.question, problem.answer) for problem in problems] == [("What is $2+2$?", "4")]
+
+
+def test_answers_are_read_as_the_reward_reads_them(tmp_path: Path) -> None:
+    rows = [{"problem": f"P{i}", "answer": answer} for i, answer in enumerate(["\\$5", "1e-5", "}{", "3 1/2"])]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    code, text, error = run("prepare_dapo_math.py", tmp_path / "rows.jsonl", tmp_path / "out.jsonl")
+    assert code == 0, error
+    assert "1 unusable" in text and [line["answer"] for line in lines(tmp_path / "out.jsonl")] == ["\\$5", "1e-5", "3 1/2"]
