@@ -229,6 +229,7 @@ def build_policy_models(
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     from drpo_megatron.trainer.forward import PolicyModel
+    from drpo_megatron.trainer.padding import hold_padding_row
 
     megatron_config = transformer_config(config, family, hf_config, platform)
     model_kwargs = dict(family.gpt_model_kwargs(hf_config))
@@ -266,6 +267,9 @@ def build_policy_models(
         _mark_shards(model)
         if platform.transformer_engine:
             _fuse_weight_gradients(model)
+        pad_token_id = hf_config.get_text_config().pad_token_id
+        if model.pre_process and pad_token_id is not None:
+            hold_padding_row(model.embedding, pad_token_id, layout.groups.tp, config.parallel.sequence)
         if config.model.freeze_router:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(".router." not in name)
