@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -142,6 +143,33 @@ def test_all_is_flushed_to_the_disk_before_it_gets_its_name_and_the_name_after(t
     assert any(" fsync(" in line and f"<{out}>" in line for line in lines[renamed:]), "the directory with the new name"
     if write == "write_directory":
         assert any("/inner" in path and not path.endswith("config") for path in flushed), "a directory inside"
+
+
+_WRITES = re.compile(
+    r"""\.write_text\(|\.write_bytes\(|open\([^)]*["'][wx]b?["']|os\.(replace|rename)\(|\bsave_file\(|torch\.save\(|"""
+    r"""\.rename\(|savefig\((?!file|buffer)"""
+)
+_OTHERS = {
+    "checkpoint/": "into the directory that new_directory, or the run directory's checkpoint, flushes and renames",
+    "conversion/": "likewise",
+    "data/quickstart.py": "into the directory that is flushed and renamed at its end",
+    "doctor/": "tries what a disk can do; reports of an acceptance check",
+    "orchestration/cluster.py": "a token, in the temporary directory",
+    "orchestration/run_directory.py": "renames a damaged checkpoint",
+    "orchestration/run_lock.py": "a lock, which must not be renamed onto another's",
+    "rollout/sglang_transport.py": "buckets of weights on their way, read once",
+    "trainer/loss_methods.py": "asks the kernel to forget a peak",
+}
+
+
+def test_nothing_else_in_the_package_writes_files() -> None:
+    package = Path(__file__).parents[1] / "drpo_megatron"
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        if name == "files.py" or name.startswith(tuple(_OTHERS)):
+            continue
+        found = [line.strip() for line in path.read_text().splitlines() if _WRITES.search(line)]
+        assert not found, f"{name} writes by itself; use drpo_megatron.files: {found}"
 
 
 def test_what_a_living_writer_writes_is_not_removed_by_another(tmp_path: Path) -> None:

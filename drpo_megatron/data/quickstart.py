@@ -15,8 +15,8 @@ import argparse
 import itertools
 import json
 import random
+import shutil
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from drpo_megatron.files import flush_tree, put_in_place, scratch_name
 
 SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|unk|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHARACTERS = "0123456789+-*= "
@@ -149,11 +151,13 @@ def make(out: Path, seed: int, force: bool = False) -> bool:
     if manifest.exists() and not force and json.loads(manifest.read_text()) == recipe(seed):
         return False
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        build(Path(scratch) / "new", seed)
-        if out.exists():
-            out.rename(Path(scratch) / "old")
-        (Path(scratch) / "new").rename(out)
+    scratch = scratch_name(out)
+    try:
+        build(scratch, seed)
+        flush_tree(scratch)
+        put_in_place(scratch, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return True
 
 

@@ -38,6 +38,8 @@ _GRACE_S = 8.0
 _MACHINE_GRACE_S = 60.0
 """The same for the news that a machine is gone, when there are several. Ray asks 5 times in at least 15 s."""
 _LOG_LINES = 15
+_PARTS_OF_RAY = ("raylet", "gcs_server")
+"""Without which it doesn't work."""
 
 
 class ProcessFailure(RuntimeError):
@@ -113,6 +115,8 @@ class Supervisor:
             waiting = [*pending, *self._background]
             assert waiting, "every answer came, and yet something is awaited"
             done, _ = ray.wait(waiting, timeout=_POLL_S)
+            if not done and (ended := _ended_parts_of_ray()):  # Ray would end this process, too, a minute later.
+                raise ProcessFailure(ended)
             failures = self._take(done, pending) if done else self._failed_meanwhile(pending)
             if failures:
                 raise self._blame(failures, pending)
@@ -356,7 +360,8 @@ def _stopped(process: Process) -> str:
 def _ended_parts_of_ray() -> str:
     """Of the Ray that this run started: which of its own processes are no longer there."""
     node = ray._private.worker._global_node
-    dead = [(name, process.pid) for name, process in node.dead_processes()] if node is not None else []
+    parts = node.dead_processes() if node is not None else []
+    dead = [(name, process.pid) for name, process in parts if name in _PARTS_OF_RAY]
     if not dead:
         return ""
     who = ", ".join(f"{name} (pid {pid})" for name, pid in dead)
@@ -369,7 +374,7 @@ def _ended_parts_of_ray() -> str:
 def _death_cause(text: str) -> str:
     """Ray's report of a death, in one sentence."""
     if "running low on memory" in text or "OutOfMemory" in text:
-        used = re.search(r"was (\S+) / (\S+) \(", text)
+        used = re.search(r"was ([\d.]+\wB)(?: used)? / ([\d.]+\wB)", text)
         numbers = f" ({used[1]} of {used[2]} used)" if used else ""
         return (
             f"Ray ended it because its machine runs out of memory{numbers}; put fewer processes on it, or a larger one "

@@ -13,6 +13,7 @@ from drpo_megatron.config import Config
 from drpo_megatron.config.checks import layout_problems
 from drpo_megatron.config.hf_config import HFModelConfig
 from drpo_megatron.config.sections import ParallelSection
+from drpo_megatron.files import writing
 from drpo_megatron.planner.model import Model
 from drpo_megatron.planner.plan import Plan, make_plan, on_gpus
 from drpo_megatron.planner.search import search
@@ -64,5 +65,6 @@ def draw_scaling(path: Path, config: Config, model: Model, hf_config: HFModelCon
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.suptitle(f"{config.run.name}: {model.num_parameters / 1e9:.1f} B parameters, the same work a step")
-    figure.savefig(path, dpi=120)
+    with writing(path, "wb") as file:
+        figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or "png")
     plt.close(figure)

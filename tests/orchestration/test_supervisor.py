@@ -107,13 +107,20 @@ def test_work_that_takes_longer_than_the_limit_goes_on_while_answers_come(two: S
     assert seen == [0, 1, 2, 3]
 
 
-def test_the_end_of_rays_own_process_is_blamed_on_no_process_of_the_run(two: Supervisor) -> None:
-    """The last test of this file: it ends the Ray of them all."""
-    first, _ = two.processes
-    call = (first, first.actor.works_on.remote(600))
-    [raylet] = [child for child in psutil.Process().children(recursive=True) if child.name() == "raylet"]
-    raylet.kill()
-    with pytest.raises(ProcessFailure) as caught:
-        two.wait([call])
-    assert str(caught.value).startswith(f"Ray's raylet (pid {raylet.pid}) ended: killed from outside")
+@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
+def test_the_end_of_rays_own_process_is_blamed_on_no_process_of_the_run(part: str, tmp_path: Path) -> None:
+    """Each ends a Ray of its own. Left alone, Ray would end the driver a minute after its GCS, without a word."""
+    ray.shutdown()
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        actor = ray.remote(Worker).options(num_cpus=0).remote(os.getcwd())
+        process = Process("trainer rank 0", actor, tmp_path / "trainer-rank0.log", ray.get(actor.place.remote()))
+        call = (process, actor.works_on.remote(600))
+        [ended] = [child for child in psutil.Process().children(recursive=True) if child.name() == part]
+        ended.kill()
+        with pytest.raises(ProcessFailure) as caught:
+            Supervisor([process]).wait([call])
+    finally:
+        ray.shutdown()
+    assert str(caught.value).startswith(f"Ray's {part} (pid {ended.pid}) ended: killed from outside")
     assert "trainer rank" not in str(caught.value)
