@@ -1,8 +1,8 @@
 """The command line. `train` is here, the other commands have a module each in `commands/`.
 
-Exit codes: 0 done, 1 the run failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM; of `train` also 75, stopped by SIGTERM or
-SIGUSR1, and 76, a machine was lost: both can be continued. torch and ray are imported only when a command needs them,
-so that help and bad input are answered at once.
+Exit codes: 0 done, 1 the run failed, 2 bad input, 70 a defect of this program, 130 Ctrl-C,
+143 SIGTERM; of `train` also 75, stopped by SIGTERM or SIGUSR1, and 76, a machine was lost: both can be continued.
+torch and ray are imported only when a command needs them, so that help and bad input are answered at once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from drpo_megatron.commands import (
     MachineLost,
     RunFailed,
     Stopped,
+    Unforeseen,
     convert,
     doctor,
     eval,
@@ -32,6 +33,7 @@ from drpo_megatron.commands import (
     study,
     top,
 )
+from drpo_megatron.commands.unforeseen import explained, make_printable, report
 from drpo_megatron.console import go_on_in, lasting_output
 
 if TYPE_CHECKING:
@@ -56,6 +58,18 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    make_printable()
+    try:
+        return _main(argv)
+    except Unforeseen as error:
+        code = report(error.cause, (error.directory,))
+        print(error.advice, file=sys.stderr)
+        return code
+    except Exception as error:
+        return report(error)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = _parser()
     args, extra = parser.parse_known_args(argv)
     if unknown := [text for text in extra if not hasattr(args, "arguments") or text.startswith("-")]:
@@ -184,6 +198,8 @@ def _train_in(config: Config, inputs: Inputs, run: RunDirectory) -> None:
         raise MachineLost(f"{error}{_how_to_resume(run)}") from error
     except (ProcessFailure, ValueError, OSError) as error:
         raise RunFailed(f"{error}{_how_to_resume(run)}") from error
+    except Exception as error:
+        raise Unforeseen(error, run.logs, _how_to_resume(run).strip()) from error
     except KeyboardInterrupt:
         _say(_how_to_resume(run).strip())
         raise
@@ -241,7 +257,7 @@ def _say(text: str) -> None:
 
 
 def _fail(error: Exception, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {explained(error)}", file=sys.stderr)
     return code
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from rich.table import Table
 from drpo_megatron.config.sections import MetricsSection
 from drpo_megatron.files import CannotWrite, write_text
 from drpo_megatron.intervals import HeldOut
+from drpo_megatron.reading import parse_json_object, read_text, short
 
 METRICS_FILE = "metrics.jsonl"
 _WANDB_ID_FILE = "wandb_id.txt"
@@ -114,16 +116,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line that was cut off by a crash is left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+    *lines, rest = read_text(path).split("\n")
+    rows = [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    with suppress(ValueError):
+        rows.append(_row(rest, str(path)))
     return rows
+
+
+def _row(line: str, place: str) -> dict[str, Any]:
+    """A step's numbers. A null is a mean of nothing."""
+    row = parse_json_object(line, place)
+    for name, value in row.items():
+        if type(value) is not int and type(value) is not float and not (value is None and name != "step"):
+            raise ValueError(f"{place}: {short(name)} is {short(repr(value))}, which is no number; remove the line")
+    if type(row.get("step")) is not int:
+        raise ValueError(f"{place}: step is {short(repr(row.get('step')))}, which is no whole number; remove the line")
+    return row
 
 
 def _as_json(metrics: dict[str, float]) -> dict[str, float | None]:

@@ -12,8 +12,21 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "drpo_megatron"
 
 LEVELS = [
-    {"__init__", "versions", "files", "console", "types", "metrics", "sinks", "config", "paths"}
-    | {"imported", "intervals", "rounding"},
+    {
+        "__init__",
+        "versions",
+        "files",
+        "console",
+        "types",
+        "metrics",
+        "sinks",
+        "config",
+        "paths",
+        "imported",
+        "intervals",
+        "rounding",
+        "reading",
+    },
     {"data", "rewards", "objectives", "models", "precision", "plots"},
     {"checkpoint", "rollout"},
     {"trainer"},

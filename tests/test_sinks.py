@@ -79,7 +79,7 @@ def test_rows_wait_while_the_disk_is_full(tmp_path: Path, capsys: pytest.Capture
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path = tmp_path / METRICS_FILE
     path.write_text('{"step": 1}\nnot json\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
         read_metrics(path)
 
 

@@ -5,6 +5,7 @@ Modules import no torch at their top, so that help and bad input are answered at
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -18,6 +19,14 @@ class RunFailed(Exception):
 
 class Stopped(Exception):
     """A signal ended the run, which can be continued. Exit code 75, the EX_TEMPFAIL of sysexits.h."""
+
+
+class Unforeseen(Exception):
+    """A defect of ours. `directory` is where its traceback should go, `advice` a line for the user."""
+
+    def __init__(self, cause: Exception, directory: Path, advice: str) -> None:
+        super().__init__(cause)
+        self.cause, self.directory, self.advice = cause, directory, advice
 
 
 class MachineLost(RunFailed):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drpo_megatron.commands import BadInput, RunFailed, raise_interrupt
+from drpo_megatron.commands.arguments import real, whole
 
 if TYPE_CHECKING:
     from drpo_megatron.doctor.accept.report import Report
@@ -39,14 +40,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--num-devices",
-        type=int,
+        type=whole(1, 4096),
         metavar="N",
         help=f"GPUs to use, default: all; ranks on a CPU, default: {_DEFAULT_CPU_RANKS}",
     )
     group.add_argument(
         "--size", choices=("auto", "tiny", "full"), default="auto", help="auto (default): full on a GPU, tiny on a CPU"
     )
-    group.add_argument("--patience", type=float, default=1.0, metavar="X", help="factor on the stages' time limits")
+    group.add_argument(
+        "--patience", type=real(0.01, 1000), default=1.0, metavar="X", help="factor on the stages' time limits"
+    )
     group.add_argument(
         "--report",
         type=Path,
@@ -71,8 +74,6 @@ def run(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, raise_interrupt)
     try:
         chosen = choose(args.stages)
-        if args.patience <= 0:
-            raise ValueError(f"--patience {args.patience:g}: give a factor above 0")
         identity = _look(args.sglang_python)
         settings = _settings(args, identity)
         args.report.parent.mkdir(parents=True, exist_ok=True)

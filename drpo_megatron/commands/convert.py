@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from drpo_megatron.commands import BadInput, RunFailed
+from drpo_megatron.commands.arguments import decimal_size
 from drpo_megatron.conversion.read_ahead import read_ahead
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ _PROMPT = "Twelve and thirty make forty-two; seven times eight is"
 _EXPERTS = "a tensor for each expert, or a layer's in two, as transformers 5 holds them; default: as they came"
 _GIVEN_HF = "Hugging Face checkpoint of the same model, for config and tokenizer; default: what --megatron kept of it"
 _ITERATION_FILE = "latest_checkpointed_iteration.txt"
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def add(commands: Any, style: dict[str, Any]) -> None:
@@ -49,7 +49,7 @@ def add(commands: Any, style: dict[str, Any]) -> None:
 
     to_hf = actions.add_parser("megatron-to-hf", help="a checkpoint to serve and share", **style)
     to_hf.add_argument("--megatron", **megatron)
-    to_hf.add_argument("--max-shard-size", type=_num_bytes, metavar="SIZE", help="such as 5GB; default: as it came")
+    to_hf.add_argument("--max-shard-size", type=decimal_size, metavar="SIZE", help="such as 5GB; default: as it came")
     to_hf.add_argument("--fp8", choices=["block128"], help="quantise to FP8 in blocks of 128 x 128, as SGLang loads it")
     to_hf.add_argument("--experts", choices=["apart", "fused"], help=_EXPERTS)
     to_hf.add_argument("--hf", type=Path, metavar="DIR", help=_GIVEN_HF)
@@ -187,10 +187,3 @@ def _dtype(name: str | None) -> Any:
     import torch
 
     return None if name is None else getattr(torch, _DTYPES[name])
-
-
-def _num_bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B)?", text.strip().upper())
-    if match is None or float(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2] or "B"])

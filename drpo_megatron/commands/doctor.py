@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import socket
 import sys
 from pathlib import Path
@@ -74,15 +75,22 @@ def run(args: argparse.Namespace) -> None:
 
 def _compare(source: str) -> None:
     from drpo_megatron.doctor.nodes import odd_ones, read_reports
+    from drpo_megatron.reading import read_text
 
     try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        text = _standard_input() if source == "-" else read_text(source)
         reports = read_reports(text.splitlines())
     except (ValueError, OSError) as error:
         raise BadInput(error) from error
     if odd := odd_ones(reports):
         raise RunFailed("\n".join([f"{len(reports)} nodes, and they are not fit to run together:", *odd]))
     print(f"{len(reports)} nodes are alike, and nothing failed")
+
+
+def _standard_input() -> str:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # Whatever other nodes' terminals print.
+    return sys.stdin.read()
 
 
 def _print(report: Report) -> None:

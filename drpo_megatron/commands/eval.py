@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from drpo_megatron.commands import BadInput
+from drpo_megatron.commands.arguments import real, whole
 
 _HELP = """\
 Sample answers to held-out problems and print their mean reward with its 95 % interval: accuracy, and pass@k, where every
@@ -28,12 +29,14 @@ def add(commands: Any, style: dict[str, Any]) -> None:
     parser = commands.add_parser("eval", help="score a trained model", description=_HELP, **style)
     parser.add_argument("model", metavar="RUN_OR_HF_DIR", type=Path, help="run directory or Hugging Face checkpoint")
     parser.add_argument("--prompts", metavar="FILE", help="JSONL of problems; default: the run's held-out file")
-    parser.add_argument("--samples", type=_positive(int), metavar="N", help="answers a problem; default: the run's")
-    parser.add_argument("--temperature", type=_positive(float), metavar="T", help="default: the run's, or 1")
-    parser.add_argument("--max-response-tokens", type=_positive(int), metavar="N", help="default: the run's")
+    parser.add_argument("--samples", type=whole(1), metavar="N", help="answers a problem; default: the run's")
+    parser.add_argument("--temperature", type=real(1e-6, 100), metavar="T", help="default: the run's, or 1")
+    parser.add_argument("--max-response-tokens", type=whole(1), metavar="N", help="default: the run's")
     parser.add_argument("--reward", metavar="NAME", help="arithmetic, math, or package.module:function")
-    parser.add_argument("--threshold", type=float, metavar="R", help="rewards from R on count as right in pass@k")
-    parser.add_argument("--seed", type=int, help="of the draws; default: the run's, or 0")
+    parser.add_argument(
+        "--threshold", type=real(-1e30, 1e30), metavar="R", help="rewards from R on count as right in pass@k"
+    )
+    parser.add_argument("--seed", type=whole(0), help="of the draws; default: the run's, or 0")
     parser.add_argument("--out", metavar="FILE", type=Path, help="JSONL of every problem's scores; resumes from it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(run=run)
@@ -63,17 +66,6 @@ def run(args: argparse.Namespace) -> None:
         low, high = result.pass_at_k_interval[k]
         print(f"pass@{k} {share:.1%} ({low:.1%} to {high:.1%})")
     print(f"{result.mean_response_tokens:.1f} tokens a response, {result.truncated_share:.1%} cut at the limit")
-
-
-def _positive(kind: type) -> Any:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if value <= 0:
-            raise argparse.ArgumentTypeError(f"{text} is not greater than 0")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names the type so: "invalid int value".
-    return parse
 
 
 def _say(text: str) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drpo_megatron.commands import BadInput
+from drpo_megatron.commands.arguments import memory_size, whole
 
 if TYPE_CHECKING:
     from drpo_megatron.config import Config
@@ -27,14 +27,13 @@ examples:
   drpo-megatron plan examples/qwen3_30b_a3b_bf16.yaml parallel.expert=16 --check --json
   drpo-megatron plan examples/qwen3_30b_a3b_bf16.yaml --plot scaling.png
 """
-_UNITS = {"": 1, "G": 2**30, "GB": 2**30, "GIB": 2**30, "M": 2**20, "MB": 2**20, "MIB": 2**20}
 
 
 def add(commands: Any, style: dict[str, Any]) -> None:
     parser = commands.add_parser("plan", help="memory, layout and time of a recipe", description=_HELP, **style)
     parser.add_argument("arguments", nargs="*", metavar="FILE KEY=VALUE", help="the recipe's YAML file, then overrides")
     parser.add_argument(
-        "--gpus", type=int, metavar="N", help="of the whole job, engines included; default: the recipe's"
+        "--gpus", type=whole(1, 2**20), metavar="N", help="of the whole job, engines included; default: the recipe's"
     )
     parser.add_argument(
         "--gpu-memory",
@@ -147,10 +146,3 @@ def what_to_change(config: Config, hf_config: HFModelConfig, model: Model, plan:
         f"weights, too little for one sequence; use rollout.engine.name=sglang with a larger "
         f"rollout.engine.tensor_parallel than {rollout.gpus_per_replica}, or a lower rollout.max_response_tokens"
     )
-
-
-def memory_size(text: str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 80GB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drpo_megatron.commands import BadInput, RunFailed, raise_interrupt
+from drpo_megatron.commands.arguments import whole
 
 _HELP = """\
 Draw rollouts of a run's initial policy with its engines and score them with its reward, without a trainer. Every step
@@ -24,7 +25,7 @@ def add(commands: Any, style: dict[str, Any]) -> None:
     parser = commands.add_parser("rollout", help="generate and dump rollouts only", description=_HELP, **style)
     parser.add_argument("arguments", nargs="*", metavar="FILE KEY=VALUE", help="the run's YAML file, then overrides")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="new directory for the rollouts")
-    parser.add_argument("--steps", type=int, metavar="N", help="how many steps' rollouts; default: run.num_steps")
+    parser.add_argument("--steps", type=whole(1), metavar="N", help="how many steps' rollouts; default: run.num_steps")
     parser.set_defaults(run=run)
 
 
@@ -36,8 +37,6 @@ def run(args: argparse.Namespace) -> None:
 
         if not args.arguments or "=" in args.arguments[0]:
             raise ValueError("which run? give a YAML file, such as examples/quickstart.yaml")
-        if args.steps is not None and args.steps < 1:
-            raise ValueError(f"--steps {args.steps}: give at least 1")
         steps = [f"run.num_steps={args.steps}"] if args.steps is not None else []
         config = load_config(args.arguments[0], [*args.arguments[1:], *steps, "rollout.from_dump=null"])
         check_config(config)

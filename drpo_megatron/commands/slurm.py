@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drpo_megatron.commands import BadInput, RunFailed
-from drpo_megatron.commands.plan import memory_size, what_to_change
+from drpo_megatron.commands.arguments import memory_size, slurm_time, whole
+from drpo_megatron.commands.plan import what_to_change
 from drpo_megatron.files import write_text
 
 if TYPE_CHECKING:
@@ -42,13 +43,17 @@ def add(commands: Any, style: dict[str, Any]) -> None:
     submit = actions.add_parser("submit", help="check a run, write its script, submit it", description=_HELP, **style)
     submit.add_argument("arguments", nargs="*", metavar="FILE KEY=VALUE", help="the recipe's YAML file, then overrides")
     submit.add_argument("--resume", metavar="RUN_DIR", type=Path, help="continue this run after its newest checkpoint")
-    submit.add_argument("--nodes", type=int, required=True, metavar="N", help="machines of the job")
-    submit.add_argument("--gpus-per-node", type=int, metavar="N", help="default: 8, or 0 with trainer.backend=cpu")
+    submit.add_argument("--nodes", type=whole(1, 2**17), required=True, metavar="N", help="machines of the job")
+    submit.add_argument(
+        "--gpus-per-node", type=whole(0, 1024), metavar="N", help="default: 8, or 0 with trainer.backend=cpu"
+    )
     submit.add_argument(
         "--gpu-memory", type=memory_size, metavar="SIZE", default="80GB", help="of one GPU; default 80GB"
     )
-    for option in ("time", "partition", "account"):
-        submit.add_argument(f"--{option}", metavar=option.upper(), help=f"sbatch --{option}; default: the cluster's")
+    for option, kind in (("time", slurm_time), ("partition", str), ("account", str)):
+        submit.add_argument(
+            f"--{option}", type=kind, metavar=option.upper(), help=f"sbatch --{option}; default: the cluster's"
+        )
     submit.add_argument("--container", metavar="IMAGE", help="run in this image (srun --container-image, pyxis)")
     submit.add_argument("--assume-shared", action="store_true", help="all nodes see the run directory, believe me")
     submit.add_argument("--dry-run", action="store_true", help="check, print the script, write and submit nothing")
@@ -114,8 +119,6 @@ def _prepare(args: argparse.Namespace) -> tuple[Config, RunDirectory | None, Job
 def _nodes(args: argparse.Namespace, config: Config) -> Nodes:
     from drpo_megatron.slurm.layout import Nodes
 
-    if args.nodes < 1:
-        raise ValueError(f"--nodes {args.nodes}: give at least 1")
     default = 0 if config.trainer.backend == "cpu" else 8
     return Nodes(args.nodes, default if args.gpus_per_node is None else args.gpus_per_node)
 
@@ -176,16 +179,15 @@ def _write(config: Config, run: RunDirectory | None, script: str) -> RunDirector
 
 
 def _check(args: argparse.Namespace) -> None:
-    node = os.environ["SLURMD_NODENAME"]
-    num_nodes = int(os.environ["SLURM_STEP_NUM_NODES"])
     try:
+        node, num_nodes = _in_job("SLURMD_NODENAME"), int(_in_job("SLURM_STEP_NUM_NODES"))
         from drpo_megatron.slurm.environment import compare, look
 
         look(args.job_dir, node)
         if _is_first():
             compare(args.job_dir, num_nodes, _PATIENCE_S)
             print(f"{num_nodes} node(s) have the same packages and GPUs and see the run and the model")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise BadInput(error) from error
 
 
@@ -195,9 +197,9 @@ def _ray(args: argparse.Namespace) -> None:
     try:
         code = run_node(
             args.job_dir,
-            os.environ["SLURMD_NODENAME"],
+            _in_job("SLURMD_NODENAME"),
             is_head=_is_first(),
-            num_cpus=int(os.environ["SLURM_CPUS_ON_NODE"]),
+            num_cpus=int(_in_job("SLURM_CPUS_ON_NODE")),
             timeout_s=_PATIENCE_S,
         )
     except (ValueError, OSError) as error:
@@ -207,4 +209,14 @@ def _ray(args: argparse.Namespace) -> None:
 
 
 def _is_first() -> bool:
-    return os.environ["SLURM_PROCID"] == "0"
+    return _in_job("SLURM_PROCID") == "0"
+
+
+def _in_job(name: str) -> str:
+    """What Slurm tells the processes of a job step. ValueError outside of one."""
+    if name not in os.environ:
+        raise ValueError(
+            f"{name} is not set: this is run by the script of a Slurm job on its nodes; to submit one: drpo-megatron slurm "
+            "submit"
+        )
+    return os.environ[name]

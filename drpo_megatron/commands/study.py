@@ -6,12 +6,12 @@ import argparse
 import json
 import shlex
 import signal
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drpo_megatron.commands import BadInput, RunFailed
+from drpo_megatron.commands.arguments import whole, whole_list
 
 if TYPE_CHECKING:
     from drpo_megatron.study.cells import State
@@ -35,8 +35,10 @@ def add(commands: Any, style: dict[str, Any]) -> None:
     parser = commands.add_parser("study", help="a grid of runs, and its report", description=_HELP, **style)
     parser.add_argument("arguments", nargs="*", metavar="FILE | report RUNS", help="a study's YAML file, or its runs")
     parser.add_argument("--dry-run", action="store_true", help="check every cell, list the runs, start nothing")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at the same time; default 1")
-    parser.add_argument("--seeds", type=_seeds, metavar="0,1,2", help="instead of the file's")
+    parser.add_argument(
+        "--workers", type=whole(1, 4096), default=1, metavar="N", help="runs at the same time; default 1"
+    )
+    parser.add_argument("--seeds", type=whole_list(0), metavar="0,1,2", help="instead of the file's")
     parser.add_argument(
         "--only", type=_levels, action="append", default=[], metavar="AXIS=LEVEL,LEVEL", help="these cells; repeatable"
     )
@@ -52,8 +54,6 @@ def add(commands: Any, style: dict[str, Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.workers < 1:
-        raise BadInput(f"--workers {args.workers} runs nothing; use at least 1")
     if args.arguments[:1] == ["report"] and len(args.arguments) == 2:
         _report(Path(args.arguments[1]))
     elif len(args.arguments) == 1 and args.arguments != ["report"]:
@@ -136,13 +136,6 @@ def _report(runs_dir: Path) -> None:
         print(f"note: {note}")
     for file in files:
         print(f"report: {file}")
-
-
-def _seeds(text: str) -> Sequence[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 0,1,2") from None
 
 
 def _levels(text: str) -> tuple[str, list[str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drpo_megatron.commands import BadInput
+from drpo_megatron.commands.arguments import real
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -54,7 +55,9 @@ def add(commands: Any, style: dict[str, Any]) -> None:
     parser = commands.add_parser("top", help="follow a run in a terminal", description=_HELP, **style)
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="of a run that goes on, or has ended")
     parser.add_argument("--once", action="store_true", help="print the present state and end")
-    parser.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds between looks; default 2")
+    parser.add_argument(
+        "--interval", type=real(0.1, 3600), default=2.0, metavar="S", help="seconds between looks; default 2"
+    )
     parser.set_defaults(run=run)
 
 
@@ -71,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         return
     with Live(frame(directory), console=console, auto_refresh=False) as live:
         while not _has_ended(directory):
-            time.sleep(max(args.interval, 0.1))
+            time.sleep(args.interval)
             live.update(frame(directory), refresh=True)
         live.update(frame(directory), refresh=True)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from drpo_megatron.reading import read_json_object
 
 KNOWN_MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text", "mixtral")
 """The families in `drpo_megatron.models`, which this module is too low to import. A test keeps the two equal."""
@@ -124,10 +125,4 @@ def _read_object(file: Path) -> dict[str, Any]:
         raise ValueError(f"model.hf_path: the checkpoint directory {file.parent} does not exist")
     if not file.is_file():
         raise ValueError(f"model.hf_path: {file.parent} has no config.json; it is not a Hugging Face checkpoint")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not JSON ({error}); copy it again") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds a {type(fields).__name__}, not an object; copy it again")
-    return fields
+    return read_json_object(file)

@@ -22,6 +22,13 @@ from drpo_megatron.config.problems import KeyPath, Source, listed, problem_text
 from drpo_megatron.config.schema import sections_at, tags
 from drpo_megatron.config.sections import Config
 from drpo_megatron.files import write_text
+from drpo_megatron.reading import check_yaml, one_line, read_text, short
+
+_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError)
+"""What PyYAML's and OmegaConf's constructors raise: ValueError for the date 2026-99-99, TypeError for odd keys."""
+
+
+_MAX_KEYS = 10
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -62,19 +69,20 @@ def save_config(config: Config, path: str | os.PathLike[str]) -> None:
 
 
 def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the configuration file {file}: {error}") from None
-    try:
-        loaded = OmegaConf.create(text)
-        tree = OmegaConf.to_container(loaded, resolve=False)
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{file} is not valid YAML: {error}") from None
+    text = read_text(file)
+    tree, root = parse_yaml(text, str(file)), yaml.compose(text, Loader=yaml.SafeLoader)
     if not isinstance(tree, dict) or not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{file} must hold sections (run, model, ...), not {type(tree).__name__}")
     return {str(key): value for key, value in tree.items()}, dict(_line_numbers(root, ()))
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    """YAML as OmegaConf reads it (1e-6 is a number, a key that stands twice an error), references left as they are."""
+    check_yaml(text, place)
+    try:
+        return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (*_YAML_ERRORS, OmegaConfBaseException) as error:
+        raise ValueError(f"{place} is not valid YAML: {one_line(error)}") from None
 
 
 def _line_numbers(node: yaml.MappingNode, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
@@ -89,11 +97,15 @@ def _parse_override(text: str) -> tuple[KeyPath, Any, str]:
     key, separator, value = text.partition("=")
     keys = tuple(key.strip().split("."))
     if not separator or not all(keys):
-        raise ValueError(f"override {text!r} is not KEY=VALUE, such as trainer.optimizer.lr=1e-6")
+        raise ValueError(f"override {short(text)!r} is not KEY=VALUE, such as trainer.optimizer.lr=1e-6")
+    if len(keys) > _MAX_KEYS:
+        raise ValueError(f"override {short(text)!r}: no key has more than {_MAX_KEYS} parts")
+    place = f"override {short(text)!r}: the value"
+    check_yaml(value, place)
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"override {text!r}: the value is not valid YAML: {error}") from None
+    except (*_YAML_ERRORS, OmegaConfBaseException) as error:
+        raise ValueError(f"{place} is not valid YAML: {one_line(error)}") from None
     assert isinstance(parsed, dict)
     return keys, parsed["value"], text
 
@@ -108,7 +120,9 @@ def _set(tree: dict[str, Any], keys: KeyPath, value: Any, text: str) -> None:
             inner = {}
         if not isinstance(inner, dict):
             outer = ".".join(keys[: depth + 1])
-            raise ValueError(f"override {text!r}: {outer} = {inner!r} is a value, not a section with keys")
+            raise ValueError(
+                f"override {short(text)!r}: {outer} = {short(repr(inner))} is a value, not a section with keys"
+            )
         section[key] = inner
         section = inner
     section[keys[-1]] = value
@@ -132,14 +146,14 @@ def _resolve(tree: dict[str, Any], file: Path) -> dict[str, Any]:
     for path, text in _strings(tree, ()):
         if call := re.search(r"\$\{\s*[\w.]+\s*:", text):
             raise ValueError(
-                f"{file}: {'.'.join(path)} = {text!r} calls a resolver ({call[0]}...); "
+                f"{file}: {'.'.join(path)} = {short(text)!r} calls a resolver ({call[0]}...); "
                 "only references to other keys are allowed, such as ${run.name}"
             )
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{file}: {error.full_key}: {reason}") from None
+    except (*_YAML_ERRORS, OmegaConfBaseException) as error:
+        key = getattr(error, "full_key", None) or "a reference to another key"
+        raise ValueError(f"{file}: {key}: {str(error).partition(chr(10))[0]}") from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, TypeAdapter, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
-from drpo_megatron.config.base import Section
+from drpo_megatron.config.base import Count, ImportPath, Positive, Section, Share, UpperRatio
 
 DELTA_PRESETS = {"paper": 12.5, "trust-region": 0.15}
 """`paper`: the released runs' constant, under which no token is ever corrected. `trust-region`: DPPO's boundary."""
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def _resolve_delta(value: Any) -> Any:
@@ -113,7 +110,7 @@ class GRPOConfig(ObjectiveBase):
     """With A < 0, tokens with r < 1 - eps_low are clipped."""
     eps_high: Positive = 0.28
     """With A > 0, tokens with r > 1 + eps_high are clipped."""
-    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    dual_clip: UpperRatio | None = None
     """With A < 0, tokens with r above it are clipped too (3 is usual). None: off."""
 
 
@@ -133,7 +130,7 @@ class DPPOConfig(ObjectiveBase):
     """binary: sampled token against all others; topk: the engine's top tokens, the sampled one and the rest."""
     delta: Positive
     """Boundary of the divergence. The papers: 0.15 for binary TV in BF16, 0.6 under FP8, 0.05 for binary KL."""
-    num_topk: PositiveInt = 20
+    num_topk: Count = 20
     """Top tokens the engine reports; read by topk_tv and topk_kl only."""
 
     @property
@@ -205,7 +202,7 @@ class ImportedObjectiveConfig(ObjectiveBase):
     """A user's own objective: `function(inputs: ObjectiveInputs, options: dict) -> ObjectiveOutputs`."""
 
     name: Literal["import"] = "import"
-    path: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    path: ImportPath
     """`package.module:function`, importable by the trainer's processes."""
     options: dict[str, Any] = {}
     """Handed to the function as it is."""

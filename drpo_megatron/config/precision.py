@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
-from drpo_megatron.config.base import Section
+from drpo_megatron.config.base import Count, CountOrNone, Positive, Section
 
 TrainRecipeName = Literal["bf16", "fp8-delayed", "fp8-tensorwise", "fp8-blockwise", "mxfp8", "nvfp4", "e5m2", "mxfp4"]
 RolloutRecipeName = Literal["bf16", "fp8-block128", "e4m3", "e4m3-row", "e5m2", "mxfp8", "nvfp4", "mxfp4"]
@@ -32,7 +32,7 @@ class NoiseRecipe(Section):
     """A controlled error in place of a number format."""
 
     name: Literal["noise"] = "noise"
-    size: PositiveFloat
+    size: Positive
     """Weights, activations (and gradients) are multiplied by 1 + size x N(0, 1). E4M3 has about the error of 0.027."""
 
 
@@ -42,19 +42,19 @@ class EarlyWarningSection(Section):
     action: Literal["log", "stop", "bf16-rollout"] = "log"
     """`log`: print a warning. `stop`: end the run with an error, checkpoint written. `bf16-rollout`: send the engines
     unquantised weights from then on, and compute with them unquantised."""
-    factor: PositiveFloat = 3.0
+    factor: Positive = 3.0
     """Warn when the mean of the last `window` steps is above `factor` times the median of all steps before them."""
-    window: PositiveInt = 5
+    window: Count = 5
     """Steps that are compared with the history."""
-    min_history: PositiveInt = 20
+    min_history: Count = 20
     """Steps of history before the rule judges."""
 
 
 class MonitorSection(Section):
-    layers_every: NonNegativeInt = 10
+    layers_every: CountOrNone = 10
     """Rollouts between looks into the quantised layers: amax, underflow, saturation and signal-to-noise of activations,
     weights and gradients in one micro-batch. Of emulated layers only. 0: never."""
-    gradient_every: NonNegativeInt = 50
+    gradient_every: CountOrNone = 50
     """Rollouts between comparisons of the low-precision gradient of a micro-batch with its high-precision gradient, and
     of the experts that routers choose in both. Costs two more forward-backward passes of it. 0: never."""
     early_warning: EarlyWarningSection = EarlyWarningSection()

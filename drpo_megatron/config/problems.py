@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from drpo_megatron.config.schema import known_keys, sections_at, tags, type_text
 from drpo_megatron.config.sections import Config
+from drpo_megatron.reading import short
 
 KeyPath = tuple[str, ...]
 
@@ -29,7 +30,7 @@ class Source:
         prefixes = [path[:length] for length in range(len(path), 0, -1)]
         for prefix in prefixes:
             if prefix in self.overrides:
-                return f"override {self.overrides[prefix]}"
+                return f"override {short(self.overrides[prefix])}"
         for prefix in prefixes:
             if prefix in self.lines:
                 return f"{self.file}:{self.lines[prefix]}"
@@ -44,20 +45,20 @@ def listed(title: str, problems: Sequence[str]) -> str:
 
 def problem_text(detail: ErrorDetails, source: Source) -> str:
     path, section = _locate(detail["loc"])
-    key, given = ".".join(path), detail["input"]
+    key, given = ".".join(path), short(repr(detail["input"]))
     where = source.of(path)
     if detail["type"] == "extra_forbidden":
-        return f"{where}: unknown key {key} = {given!r}{_nearest_key(path, section)}"
+        return f"{where}: unknown key {key} = {given}{_nearest_key(path, section)}"
     if detail["type"] == "missing":
         return f"{where}: {key} is missing{_what_to_write(path, section)}"
     if detail["type"] in ("union_tag_invalid", "union_tag_not_found", "literal_error"):
         return f"{where}: {_bad_choice(path, detail)}"
     if detail["type"] in ("model_type", "model_attributes_type"):
-        return f"{where}: {key} = {given!r}; expected a section with keys"
+        return f"{where}: {key} = {given}; expected a section with keys"
     if detail["type"] == "value_error":
         return f"{where}: {key or 'configuration'}: {detail['ctx']['error']}"
     expected = detail["msg"].removeprefix("Input should be ").partition(", unable to parse")[0]
-    return f"{where}: {key} = {given!r}; expected {expected}"
+    return f"{where}: {key} = {given}; expected {expected}"
 
 
 def _locate(location: tuple[int | str, ...]) -> tuple[KeyPath, type[BaseModel] | None]:
@@ -115,7 +116,7 @@ def _bad_choice(path: KeyPath, detail: ErrorDetails) -> str:
     key = ".".join(path)
     near = difflib.get_close_matches(str(given), choices, n=1)
     suggestion = f"; did you mean {near[0]}?" if near else ""
-    given_text = f"{key} is missing" if given is None else f"{key} = {given!r}"
+    given_text = f"{key} is missing" if given is None else f"{key} = {short(repr(given))}"
     return f"{given_text}; expected one of {', '.join(choices)}{suggestion}"
 
 

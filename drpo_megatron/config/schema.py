@@ -123,11 +123,13 @@ def _bounds_text(metadata: Any) -> str:
         if isinstance(bound, FieldInfo):
             text += _bounds_text(bound.metadata)
         for kind, attribute, sign in _BOUNDS:
-            if isinstance(bound, kind):
-                text += f" {sign} {getattr(bound, attribute):g}"
+            if isinstance(bound, kind) and (limit := getattr(bound, attribute)) < _NO_LIMIT:
+                text += f"{',' if text else ''} {sign} {limit:g}"
     return text
 
 
+_NO_LIMIT = 2**31 - 1
+"""Upper bounds that nobody meets are not worth the reader's time."""
 _BOUNDS: tuple[tuple[type, str, str], ...] = (
     (annotated_types.Gt, "gt", ">"),
     (annotated_types.Ge, "ge", ">="),

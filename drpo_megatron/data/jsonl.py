@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from drpo_megatron.files import writing
+from drpo_megatron.reading import parse_json_object, read_lines
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -20,19 +21,11 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, An
     if not file.is_file():
         raise ValueError(f"{file} does not exist or is not a file; give a JSONL file, one object a line")
     num_objects = 0
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            place = f"{file}, line {number}"
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place} is not JSON ({error.msg}, column {error.colno}): {_short(line)}") from error
-            if not isinstance(fields, dict):
-                raise ValueError(f"{place} is a {type(fields).__name__}, not an object: {_short(line)}")
+    for number, line in read_lines(file):
+        if line.strip():
             num_objects += 1
-            yield place, fields
+            place = f"{file}, line {number}"
+            yield place, parse_json_object(line, place)
     if not num_objects:
         raise ValueError(f"{file} is empty; give at least one line")
 
@@ -42,8 +35,3 @@ def write_jsonl(path: str | os.PathLike[str], objects: Iterable[dict[str, Any]])
     with writing(path) as out:
         for fields in objects:
             out.write(json.dumps(fields, ensure_ascii=False) + "\n")
-
-
-def _short(line: str) -> str:
-    line = line.strip()
-    return line if len(line) <= 80 else line[:77] + "..."

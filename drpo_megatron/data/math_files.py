@@ -13,13 +13,13 @@ the prompt stream's business, and one instruction for training and evaluation is
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from drpo_megatron.data.jsonl import read_jsonl
+from drpo_megatron.reading import read_json
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 _QUESTIONS = ("prompt", "problem", "Problem", "question")
@@ -145,10 +145,7 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _json_rows(file: Path) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} can't be read as JSON: {error}") from None
+    rows = read_json(file)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{file} is not a list of objects; give one object a problem")
     return rows

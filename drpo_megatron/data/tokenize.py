@@ -37,7 +37,9 @@ def check_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None
         first, second = (_applied(tokenizer, question, system_prompt) for question in ("What is 1 + 1?", "And 2 + 2?"))
         bare = _applied(tokenizer, "What is 1 + 1?", None) if system_prompt else None
     if first == second:
-        raise ValueError(f"{_named(tokenizer)} makes {first[:80]!r} of any question: it leaves the question out; mend it")
+        raise ValueError(
+            f"{_named(tokenizer)} makes {first[:80]!r} of any question: it leaves the question out; mend it"
+        )
     if first == bare:
         raise ValueError(f"{_named(tokenizer)} leaves out data.system_prompt; leave data.system_prompt out, or mend it")
 

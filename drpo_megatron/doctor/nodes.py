@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from drpo_megatron.doctor.finding import Finding
+from drpo_megatron.reading import checked, parse_json
 from drpo_megatron.slurm.environment import differences
 
 
@@ -28,12 +30,9 @@ def read_reports(lines: Iterable[str]) -> list[Report]:
     """Of what nodes printed, other lines (srun's own) skipped. ValueError when less than two are there."""
     reports = []
     for line in lines:
-        try:
-            fields = json.loads(line[line.index("{") :])  # srun --label puts the task's number before it.
-            findings = tuple(Finding(**finding) for finding in fields["findings"])
-            reports.append(Report(fields["node"], findings))
-        except (ValueError, KeyError, TypeError):
-            continue
+        _, brace, rest = line.partition("{")  # srun --label puts the task's number before it.
+        with suppress(ValueError):
+            reports.append(checked(parse_json(brace + rest, "a line"), Report, "a line"))
     if len(reports) < 2:
         raise ValueError(
             f"{len(reports)} report(s) of nodes were given, and comparing takes 2; make them with: "

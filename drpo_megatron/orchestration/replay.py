@@ -93,6 +93,5 @@ class DumpedRollouts:
             length = padded_length(len(prompt.token_ids) + len(completion.token_ids), config.parallel.context)
             if length > limit:
                 raise ValueError(
-                    f"a sequence has {length} tokens, more than "
-                    f"trainer.max_tokens_per_micro_batch={limit}; raise it"
+                    f"a sequence has {length} tokens, more than trainer.max_tokens_per_micro_batch={limit}; raise it"
                 )

@@ -148,7 +148,9 @@ def check_numbers(group: RolloutGroup, vocab_size: float = math.inf) -> None:
         if completion.routed_experts is not None and completion.token_ids:
             rows = len(group.prompt.token_ids) + len(completion.token_ids) - 1
             if completion.routed_experts.shape[0] != rows:
-                raise ValueError(f"{name} has routed experts of {completion.routed_experts.shape[0]} tokens, not {rows}")
+                raise ValueError(
+                    f"{name} has routed experts of {completion.routed_experts.shape[0]} tokens, not {rows}"
+                )
 
 
 def _check_ids(what: str, ids: Sequence[Any], vocab_size: float) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from drpo_megatron.config import Config, load_resolved
 from drpo_megatron.files import write_text
 from drpo_megatron.orchestration.run_directory import RunDirectory, versions
+from drpo_megatron.reading import read_json_as
 
 _REPORTS = "reports"
 _IMPORTED = ("drpo_megatron.orchestration.run", "megatron.core")
@@ -56,7 +57,7 @@ def compare(job_dir: Path, num_nodes: int, timeout_s: float) -> None:
             names = ", ".join(path.stem for path in found)
             raise ValueError(f"{len(found)} of {num_nodes} nodes reported within {timeout_s:g} s: {names}")
         time.sleep(0.5)
-    if odd := differences({path.stem: json.loads(path.read_text(encoding="utf-8")) for path in found}):
+    if odd := differences({path.stem: read_json_as(path, dict[str, str]) for path in found}):
         raise ValueError(f"nodes differ: {'; '.join(odd)}; install the same everywhere")
 
 

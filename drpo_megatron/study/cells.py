@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-import yaml
 
 import drpo_megatron
 from drpo_megatron.files import write_text
 from drpo_megatron.orchestration.run_directory import RunDirectory, versions
+from drpo_megatron.reading import read_json_as, read_yaml
 from drpo_megatron.study.runs import Run
 
 RECORD_FILE = "cell.json"
@@ -86,7 +86,7 @@ def new_record(run: Run) -> Record:
 
 def read_record(path: Path) -> Record | None:
     file = path / RECORD_FILE
-    return Record(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    return read_json_as(file, Record) if file.is_file() else None
 
 
 def state_of(run: Run) -> tuple[State, str]:
@@ -113,7 +113,7 @@ def _differences(run: Run, directory: RunDirectory, record: Record | None) -> It
     if record is None:
         yield f"it holds a run that no study made ({RECORD_FILE} is missing)"
         return
-    before = dict(_flat(yaml.safe_load(directory.config_file.read_text(encoding="utf-8"))))
+    before = dict(_flat(read_yaml(directory.config_file)))
     now = dict(_flat(run.config.model_dump(mode="json")))
     for key, value in before.items():  # Keys that the code didn't have then had no effect.
         if value != now.get(key, _NOTHING) and key != "run.run_dir":

@@ -24,13 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import NonNegativeInt, ValidationError
+from pydantic import ValidationError
 
-from drpo_megatron.config.base import Section
+from drpo_megatron.config.base import DirectoryName, Line, Section, Seed
+from drpo_megatron.config.load import parse_yaml
 from drpo_megatron.config.problems import listed
+from drpo_megatron.reading import read_text
 
 Overrides = dict[str, Any]
 Selector = dict[str, list[str]]
@@ -59,11 +58,11 @@ class Claims(Section):
 class StudyFile(Section):
     """What stands in the file. `exclude` takes a level or a list of levels for each axis."""
 
-    name: str
-    base: str
+    name: DirectoryName
+    base: Line
     overrides: Overrides = {}
     prepare: Overrides | None = None
-    seeds: list[NonNegativeInt]
+    seeds: list[Seed]
     axes: dict[str, dict[str, Overrides | None]]
     exclude: list[dict[str, str | list[str]]] = []
     claims: Claims | None = None
@@ -80,15 +79,15 @@ class Cell:
 def read_study_file(path: Path) -> StudyFile:
     """Raises: ValueError that lists every problem of the file itself; those of its cells' runs come later."""
     try:
-        tree = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=False)
-        file = StudyFile.model_validate(tree)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the study file {path}: {error}") from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path} is not a valid study: {' '.join(str(error).split())}") from None
+        file = StudyFile.model_validate(parse_yaml(read_text(path), str(path)))
     except ValidationError as error:
         problems = [_problem_text(detail["loc"], detail["type"], detail["msg"]) for detail in error.errors()]
         raise ValueError(listed(f"{path} is not a valid study", problems)) from None
+    return checked_study(file, path)
+
+
+def checked_study(file: StudyFile, path: Path) -> StudyFile:
+    """The same. ValueError lists what no single key shows: names, repetitions, an empty grid."""
     if problems := list(_problems(file)):
         raise ValueError(listed(f"{path} is not a valid study", problems))
     if not expand(file):

@@ -10,13 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from drpo_megatron.files import write_text
 from drpo_megatron.intervals import ACCURACY, MEAN
+from drpo_megatron.reading import read_json_as, read_text, read_yaml
 from drpo_megatron.sinks import METRICS_FILE, read_metrics
 from drpo_megatron.study.cells import Record, read_record
-from drpo_megatron.study.file import Cell, StudyFile, expand
+from drpo_megatron.study.file import Cell, StudyFile, checked_study, expand
 from drpo_megatron.study.runs import PREPARE, Study
 
 GRID_FILE = "study.json"
@@ -132,7 +131,12 @@ class Result:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        tree = read_yaml(self.path / "config.yaml")
+        if not isinstance(tree, dict) or not all(
+            isinstance(tree.get(name), dict) for name in ("eval", "data", "rollout")
+        ):
+            raise ValueError(f"{self.path / 'config.yaml'} is no configuration of a run; restore it, or remove the run")
+        return tree
 
     @property
     def has_ended(self) -> bool:
@@ -261,7 +265,7 @@ def _read_grid(runs_dir: Path) -> StudyFile:
     path = runs_dir / GRID_FILE
     if not path.is_file():
         raise ValueError(f"{runs_dir} holds no study: {GRID_FILE} is missing; give the directory that a study ran in")
-    return StudyFile.model_validate_json(path.read_text(encoding="utf-8"))
+    return checked_study(read_json_as(path, StudyFile), path)
 
 
 # --- what can't be concluded ----------------------------------------------------------------------------------------
@@ -309,6 +313,6 @@ def _answer_counts(done: Sequence[Result]) -> int | None:
         evaluation, heldout = run.config["eval"], run.config["data"]["heldout"]
         if heldout is None or not Path(heldout).is_file():
             return None
-        num_prompts = sum(1 for line in Path(heldout).read_text(encoding="utf-8").splitlines() if line.strip())
+        num_prompts = sum(1 for line in read_text(heldout).splitlines() if line.strip())
         counts.add(min(num_prompts, evaluation["max_prompts"] or num_prompts) * evaluation["samples_per_prompt"])
     return counts.pop() if len(counts) == 1 else None

@@ -13,6 +13,7 @@ from drpo_megatron.config.checks import check_config
 from drpo_megatron.config.problems import listed
 from drpo_megatron.precision.checks import check_precision
 from drpo_megatron.precision.recipes import find_hardware
+from drpo_megatron.reading import read_json_object
 from drpo_megatron.study.file import Cell, Overrides, Selector, StudyFile, expand, read_study_file, selector_problems
 from drpo_megatron.study.file import selects as selects_levels
 
@@ -153,7 +154,7 @@ class _RunMaker:
 
 
 def _precision_notes(config: Config) -> list[str]:
-    hf_config = json.loads((Path(config.model.hf_path) / "config.json").read_text(encoding="utf-8"))
+    hf_config = read_json_object(Path(config.model.hf_path) / "config.json")
     hardware = find_hardware(config.trainer.backend) if config.cluster.ray_address is None else None
     return check_precision(config, hf_config, hardware)
 

@@ -154,8 +154,6 @@ def test_a_dense_model_may_have_tensor_parallelism_without_sequence_parallelism(
     ("sections", "expected"),
     [
         ({"rollout": {"temperature": 0.0}}, "rollout.temperature=0.0"),
-        ({"rollout": {"temperature": -1.0}}, "rollout.temperature=-1.0"),
-        ({"rollout": {"temperature": float("nan")}}, "rollout.temperature=nan"),
         ({"rollout": {"top_p": 0.9}}, "rollout.top_p=0.9 cuts the distribution"),
         ({"rollout": {"top_k": 50}}, "rollout.top_k=50 cuts the distribution"),
         ({"rollout": {"samples_per_prompt": 1}}, "rollout.samples_per_prompt=1 with advantages=group_mean"),

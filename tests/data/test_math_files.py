@@ -114,7 +114,7 @@ def test_a_sample_does_not_depend_on_the_order_of_the_file(tmp_path: Path) -> No
     [
         ("a.csv", "x", r"ends in neither \.parquet"),
         ("a.json", "{}", "not a list of objects"),
-        ("a.json", "[", "can't be read as JSON"),
+        ("a.json", "[", "is not JSON"),
         ("a.parquet", "PAR0", "can't be read as parquet"),
         ("a.jsonl", '{"prompt": "P", "label": true}', r"row 0 has no answer in .*; it has: prompt, label"),
         ("a.jsonl", '{"text": "P", "answer": 1}', r"row 0 has no question in .*; it has: text, answer"),

@@ -82,7 +82,7 @@ GOOD = {"prompt": "t1", "answer": "1"}
     [
         ([], "train.jsonl is empty"),
         ([GOOD, '{"prompt": '], "train.jsonl, line 2 is not JSON"),
-        ([GOOD, "[1]"], "train.jsonl, line 2 is a list, not an object"),
+        ([GOOD, "[1]"], "train.jsonl, line 2 holds a list, not an object"),
         ([GOOD, {"prompt": "t1"}], "train.jsonl, line 2 has no field 'answer'; it has: prompt"),
         ([{"prompt": ["t1"], "answer": "1"}], r"train.jsonl, line 1: field 'prompt' is \['t1'\]; it must be text"),
         ([GOOD | {"id": "a"}, GOOD | {"id": "a"}], "line 2: id 'a' was used before, at .*train.jsonl, line 1"),

@@ -101,7 +101,7 @@ def test_only_some_cells_are_chosen_and_unknown_ones_get_a_suggestion(base: Path
             },
             "axes.objective sets objective and so undoes objective.anchor of axes.anchor",
         ),
-        ({"base": "nowhere.yaml"}, "cannot read the configuration file nowhere.yaml"),
+        ({"base": "nowhere.yaml"}, "nowhere.yaml can't be read"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(base: Path, changes: dict[str, Any], expected: str) -> None:
