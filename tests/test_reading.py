@@ -17,6 +17,8 @@ OTHERS = {
     "reading.py": "is the one reader",
     "rollout/sglang_client.py": "answers of servers, which it asks for again when they are no JSON",
     "planner/built.py": "lines of our own subprocess",
+    "doctor/accept/stage.py": "what our own processes wrote a moment ago",
+    "doctor/accept/identity.py": "the output of a subprocess",
     "doctor/software.py": "the output of a subprocess; what goes wrong becomes a line of the report",
     "data/quickstart.py": "",
     "conversion/inspect.py": "",

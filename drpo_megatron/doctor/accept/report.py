@@ -11,6 +11,7 @@ from typing import Any
 from drpo_megatron.doctor.accept.identity import differences
 from drpo_megatron.doctor.accept.stage import Outcome, Settings, Stage
 from drpo_megatron.files import write_text
+from drpo_megatron.reading import read_json_object
 
 FORMAT = 1
 _SIGNS = {"pass": "pass", "fail": "**fail**", "skipped": "skipped"}
@@ -44,7 +45,7 @@ class Report:
         if not report.json_file.is_file():
             return report
         try:
-            fields = json.loads(report.json_file.read_text(encoding="utf-8"))
+            fields = read_json_object(report.json_file)
             if fields["format"] != FORMAT:
                 report.note = f"{report.json_file} is in format {fields['format']}, and this version writes {FORMAT}"
                 return report
