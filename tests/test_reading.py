@@ -13,24 +13,16 @@ from drpo_megatron.reading import parse_json, read_json_object, read_text, read_
 
 PACKAGE = Path(__file__).parents[1] / "drpo_megatron"
 OTHERS = {
-    "files.py": "writes and flushes; reads nothing of a user's",
     "reading.py": "is the one reader",
-    "rollout/sglang_client.py": "answers of servers, which it asks for again when they are no JSON",
     "planner/built.py": "lines of our own subprocess",
-    "doctor/accept/stage.py": "what our own processes wrote a moment ago",
-    "doctor/accept/identity.py": "the output of a subprocess",
     "doctor/software.py": "the output of a subprocess; what goes wrong becomes a line of the report",
-    "data/quickstart.py": "",
-    "conversion/inspect.py": "",
-    "checkpoint/hf_files.py": "",
-    "checkpoint/safetensors_file.py": "",
-    "checkpoint/megatron.py": "",
-    "checkpoint/hf.py": "",
-    "checkpoint/torch_dist.py": "",
-    "orchestration/loop.py": "",
-    "orchestration/run_directory.py": "",
-    "rollout/score_file.py": "",
-    "rollout/sglang_server.py": "",
+    "doctor/accept/stage.py": "what our own processes wrote a moment ago",
+    "doctor/accept/quickstart.py": "the summary of a run that has just ended",
+    "doctor/accept/identity.py": "the output of a subprocess",
+    "commands/accept.py": "the output of a subprocess",
+    "orchestration/run_lock.py": "one that can't be read is a damaged lock, and is treated so",
+    "orchestration/run_directory.py": "a summary of our own",
+    "data/quickstart.py": "a manifest of our own; a damaged one is written again",
 }
 """Where JSON or YAML may be parsed otherwise, and why."""
 

@@ -18,6 +18,7 @@ import xxhash
 
 from drpo_megatron.files import write_text
 from drpo_megatron.paths import inside
+from drpo_megatron.reading import read_json_object
 
 CHECKSUMS_FILE = "checksums.json"
 _CHUNK_BYTES = 2**20
@@ -119,15 +120,11 @@ def unsealed(path: Path) -> dict[str, Any]:
     Raises: ValueError that names the file and says what is wrong with it.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: it is not JSON ({path.stat().st_size} bytes; {error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} is damaged: it holds a {type(record).__name__}, not an object")
+        record = read_json_object(path)
+    except ValueError as error:
+        if not path.exists():
+            raise ValueError(f"{path} is missing") from None
+        raise ValueError(f"{error}; it has {path.stat().st_size} bytes, and is damaged") from None
     checksum = record.pop("checksum", None)
     if checksum is not None and checksum != _seal(record):
         raise ValueError(f"{path} is damaged: its checksum is not that of what it holds")

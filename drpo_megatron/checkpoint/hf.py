@@ -26,6 +26,7 @@ from drpo_megatron.checkpoint.safetensors_file import (
     write_tensor,
 )
 from drpo_megatron.paths import inside
+from drpo_megatron.reading import read_json_object, read_text
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -84,7 +85,7 @@ class HFCheckpoint:
         problems: list[str] = []
         weight_map: dict[str, str] = {}
         if index_file.is_file():
-            self.index = index_file.read_text(encoding="utf-8")
+            self.index = read_text(index_file)
             found = _read_json(index_file).get("weight_map")
             if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
                 raise ValueError(f"{index_file} names no tensors (weight_map: name -> file); copy it again")
@@ -245,10 +246,4 @@ def _write_shards(
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, not an object; copy it again")
-    return found
+    return read_json_object(path)

@@ -39,6 +39,7 @@ from drpo_megatron.checkpoint.safetensors_file import (
 from drpo_megatron.checkpoint.stored import StoredTensors, require_plain
 from drpo_megatron.models import get_family
 from drpo_megatron.paths import inside
+from drpo_megatron.reading import parse_json_object, read_json_object
 
 FOLDER = "hf"
 TENSORS_FILE = "tensors.json"
@@ -141,7 +142,7 @@ class CarriedFiles(HFFiles):
             )
         self.config = read_config(directory)
         try:
-            record = json.loads(record_file.read_text(encoding="utf-8"))
+            record = read_json_object(record_file)
             headers = {file: Header.parse(text) for file, text in record["headers"].items()}
             for file in headers:
                 inside(directory, file, str(record_file))
@@ -268,7 +269,7 @@ def _write_record(directory: Path, layout: FileLayout, *, is_trained: bool, untr
 
 def _index_of(headers: dict[str, Header], old: str | None) -> str:
     """An index of these files that keeps what an old one says beside the sizes."""
-    found = json.loads(old).get("metadata") if old is not None else None
+    found = parse_json_object(old, "the index").get("metadata") if old is not None else None
     metadata = found if isinstance(found, dict) else {}
     infos = [info for header in headers.values() for info in header.tensors.values()]
     weight_map = {name: file for file, header in headers.items() for name in header.tensors}

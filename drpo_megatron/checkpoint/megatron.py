@@ -37,6 +37,7 @@ from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 from drpo_megatron.checkpoint.torch_dist_reader import FixedReader
 from drpo_megatron.checkpoint.torch_save import load_saved
 from drpo_megatron.files import CannotWrite, explained, flush_tree, require_free_space, write_text
+from drpo_megatron.reading import read_json_object
 
 COUNTERS_FILE = "trainer.json"
 AMAX_FILE = "amax_history-rank{}.safetensors"
@@ -293,10 +294,7 @@ def _record(directory: Path) -> dict[str, Any]:
     path = Path(directory) / COUNTERS_FILE
     if not path.is_file():
         raise ValueError(f"{directory} holds no finished checkpoint: {COUNTERS_FILE} is missing")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}); use an older checkpoint") from error
+    return read_json_object(path)
 
 
 def _layout(chunks: Sequence[Any]) -> dict[str, int]:

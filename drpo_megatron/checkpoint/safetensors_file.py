@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from drpo_megatron.checkpoint.torch_save import ByteRange
+from drpo_megatron.reading import parse_json_object
 
 DTYPES = {
     "F64": torch.float64,
@@ -69,12 +70,12 @@ class Header:
         """Raises ValueError for what is no header: not JSON, an unknown dtype, offsets that don't fit the shapes, or
         tensors that overlap or leave gaps."""
         try:
-            entries = json.loads(text)
+            entries = parse_json_object(text, "its header")
             metadata = entries.pop("__metadata__", None)
             if metadata is not None and not isinstance(metadata, dict):
                 raise TypeError("__metadata__ is no object")
             parsed = {name: _parse_entry(name, entry) for name, entry in entries.items()}
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"its header is damaged ({type(error).__name__}: {error})") from error
         data_start, end = 8 + len(text.encode()), 0
         for name, (info, begin) in sorted(parsed.items(), key=lambda item: (item[1][1], item[1][0].num_bytes)):
@@ -99,7 +100,7 @@ class Header:
 
     @property
     def metadata(self) -> dict[str, str] | None:
-        return json.loads(self.text).get("__metadata__")
+        return parse_json_object(self.text, "the header").get("__metadata__")
 
 
 def _parse_entry(name: str, entry: Any) -> tuple[TensorInfo, int]:

@@ -44,6 +44,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from drpo_megatron.checkpoint.torch_dist_reader import METADATA_FILE, FixedReader, read_metadata
 from drpo_megatron.checkpoint.torch_save import ByteRange, tensor_bytes
+from drpo_megatron.reading import read_json_object
 
 Shape = tuple[int, ...]
 FORMAT_FILES = ("metadata.json", METADATA_FILE, "common.pt")
@@ -204,11 +205,7 @@ class TorchDistCheckpoint:
 
 
 def _check_format(file: Path) -> None:
-    try:
-        form = json.loads(file.read_text(encoding="utf-8"))
-        backend = form.get("sharded_backend")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+    backend = read_json_object(file).get("sharded_backend")
     if backend != "torch_dist":
         raise ValueError(f"{file.parent} is in Megatron's format {backend!r}; only torch_dist is read")
 

@@ -96,6 +96,7 @@ LearningRate = Annotated[_Real, Field(gt=0, le=1, allow_inf_nan=False)]
 NoLearningRate = Annotated[_Real, Field(ge=0, le=1, allow_inf_nan=False)]
 LogRatio = Annotated[_Real, Field(gt=0, le=80, allow_inf_nan=False)]
 """exp(88) is beyond FP32."""
+GradientNorm = Annotated[_Real, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Share = Annotated[_Real, Field(ge=0, le=1, allow_inf_nan=False)]
 UpperRatio = Annotated[_Real, Field(gt=1, le=1e6, allow_inf_nan=False)]
 """Of a ratio that is clipped from above."""

@@ -19,6 +19,7 @@ from drpo_megatron.config.base import (
     DirectoryName,
     FlagName,
     FlagValue,
+    GradientNorm,
     ImportPath,
     LearningRate,
     Line,
@@ -108,7 +109,7 @@ class OptimizerSection(Section):
     eps: LearningRate = 1e-8
     weight_decay: Coefficient = 0.01
     """Decoupled (AdamW); biases and norms are exempt."""
-    clip_grad: Coefficient = 1.0
+    clip_grad: GradientNorm = 1.0
     """Global gradient norm limit. 0 switches clipping off."""
     distributed: bool = True
     """Shard optimizer state (and FP32 masters) over data parallel ranks."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,18 @@ from drpo_megatron.checkpoint.hf_files import FOLDER, TENSORS_FILE, CarriedFiles
 from drpo_megatron.checkpoint.safetensors_file import TensorInfo
 from drpo_megatron.checkpoint.torch_dist import FORMAT_FILES, TorchDistCheckpoint
 from drpo_megatron.models import FAMILIES
+from drpo_megatron.reading import read_json_as
 
 Facts = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """trainer.json, as far as it is shown."""
+
+    layout: dict[str, int]
+    counters: dict[str, float]
+    versions: dict[str, str]
 
 
 def inspect(directory: Path) -> Facts:
@@ -61,10 +71,10 @@ def _megatron(directory: Path) -> Facts:
     facts["optimizer state"] = "yes" if has_optimizer else "no"
     record_file = directory / "trainer.json"
     if record_file.is_file():
-        record = json.loads(record_file.read_text())
-        facts["saved by"] = _pairs(record["layout"])
-        facts["counters"] = _pairs(record["counters"])
-        facts["versions"] = _pairs(record["versions"])
+        record = read_json_as(record_file, _Record)
+        facts["saved by"] = _pairs(record.layout)
+        facts["counters"] = _pairs(record.counters)
+        facts["versions"] = _pairs(record.versions)
     else:
         facts["saved by"] = "an unfinished save: trainer.json is missing" if has_optimizer else "conversion"
     num_files = len(list(directory.glob("*.distcp")))

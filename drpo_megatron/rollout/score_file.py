@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from drpo_megatron.files import write_text
+from drpo_megatron.reading import checked, parse_json_object, read_text
 from drpo_megatron.rollout.evaluation import ProblemScores
 
 
@@ -41,9 +42,11 @@ class ScoreFile:
 
     def _check(self, head: str, settings: dict[str, Any]) -> None:
         try:
-            found = json.loads(head)["settings"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"{self.path} is no file of scores; give another --out") from None
+            found = parse_json_object(head, "its first line").get("settings")
+        except ValueError as error:
+            raise ValueError(f"{self.path} is no file of scores ({error}); give another --out") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.path} is no file of scores: its first line has no settings; give another --out")
         for name, wanted in settings.items():
             if found.get(name) != wanted:
                 raise ValueError(
@@ -53,18 +56,13 @@ class ScoreFile:
 
     def _read(self, lines: list[str]) -> None:
         for number, line in enumerate(lines, start=2):
-            try:
-                fields = json.loads(line)
-                problem = ProblemScores(
-                    fields["prompt_id"], tuple(fields["scores"]), tuple(fields["num_tokens"]), fields["num_truncated"]
-                )
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.path}, line {number} is no problem's scores: {error!r}") from None
+            place = f"{self.path}, line {number}"
+            problem = checked(parse_json_object(line, place), ProblemScores, place)
             self.done[problem.prompt_id] = problem
 
 
 def _whole_lines(path: Path) -> list[str]:
     if not path.is_file():
         return []
-    *whole, _ = path.read_text(encoding="utf-8").split("\n")
+    *whole, _ = read_text(path).split("\n")
     return whole

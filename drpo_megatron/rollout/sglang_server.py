@@ -11,7 +11,6 @@ takes a sample from it until the next publication (see sglang_sync.py).
 from __future__ import annotations
 
 import http.client
-import json
 import os
 import secrets
 import signal
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from drpo_megatron.config.sections import SGLangEngineSection
+from drpo_megatron.reading import read_json_object
 
 LAUNCHER = Path(__file__).with_name("sglang_launch.py")
 _LOG_LINES = 15
@@ -38,6 +38,7 @@ _CPU_FLAGS = (
     *("--disable-cuda-graph", "--disable-overlap-schedule", "--grammar-backend", "none"),
     "--sleep-on-idle",  # An idle scheduler would keep a core busy.
 )
+
 _CPU_DEFAULTS = {"max-total-tokens": 32768}
 """Tokens of KV cache. By default it takes most of the machine's memory, which the trainer needs, too."""
 
@@ -94,7 +95,7 @@ def server_dtype(section: SGLangEngineSection, hf_path: str) -> str:
     """`float32` or `bfloat16`: of the server's weights, and so of what is sent to it. ValueError for another one."""
     if section.dtype != "auto":
         return section.dtype
-    fields = json.loads(Path(hf_path, "config.json").read_text(encoding="utf-8"))
+    fields = read_json_object(Path(hf_path, "config.json"))
     found = fields.get("dtype") or fields.get("torch_dtype") or "float32"
     if found not in get_args(SGLangEngineSection.model_fields["dtype"].annotation):
         raise ValueError(f"{hf_path} is in {found}; set rollout.engine.dtype to float32 or bfloat16")
