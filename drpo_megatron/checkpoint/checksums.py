@@ -124,7 +124,8 @@ def unsealed(path: Path) -> dict[str, Any]:
     except ValueError as error:
         if not path.exists():
             raise ValueError(f"{path} is missing") from None
-        raise ValueError(f"{error}; it has {path.stat().st_size} bytes, and is damaged") from None
+        reason = str(error).removeprefix(str(path)).removeprefix(",").strip()
+        raise ValueError(f"{path} is damaged: it {reason} ({path.stat().st_size} bytes)") from None
     checksum = record.pop("checksum", None)
     if checksum is not None and checksum != _seal(record):
         raise ValueError(f"{path} is damaged: its checksum is not that of what it holds")

@@ -25,7 +25,7 @@ class _Record:
     """trainer.json, as far as it is shown."""
 
     layout: dict[str, int]
-    counters: dict[str, float]
+    counters: dict[str, Any]
     versions: dict[str, str]
 
 

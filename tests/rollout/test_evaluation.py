@@ -88,7 +88,7 @@ def test_scores_on_disk_survive_a_line_that_was_cut_off(tmp_path: Path) -> None:
     [
         ('{"settings": {"model": "m", "samples": 4}}\n', "holds scores with samples=4, not 2; give another --out"),
         ("prompt,score\n", "is no file of scores"),
-        ('{"settings": {"model": "m", "samples": 2}}\n{"prompt_id": "p"}\n', "line 2 is no problem's scores"),
+        ('{"settings": {"model": "m", "samples": 2}}\n{"prompt_id": "p"}\n', "line 2 is damaged"),
     ],
 )
 def test_scores_of_another_evaluation_are_refused(tmp_path: Path, content: str, message: str) -> None:
