@@ -120,7 +120,9 @@ def test_a_run_that_is_stopped_at_any_moment_ends_as_one_that_was_not(tmp_path: 
     code, output = command.run(directory, "train", "--resume", "run")
     assert code == 0, output
     assert "step 1/" not in output, "nothing is trained again"
-    assert json.loads((run / "summary.json").read_text())["heldout_after"] == command.metrics(run)[-1]["eval/accuracy"]
+    assert (
+        json.loads((run / "summary.json").read_text())["heldout_after"] == command.metrics(run)[-1]["eval/reward/mean"]
+    )
     code, output = command.run(directory, "train", "--resume", "run")
     assert code == 2 and "is complete" in output
     expected, rows = command.metrics(undisturbed / "run"), command.metrics(run)
