@@ -104,7 +104,7 @@ def state_of(run: Run) -> tuple[State, str]:
         return "done", ""
     try:
         RunDirectory.reopen(run.path, None, [])
-    except ValueError:  # All steps are done but not exported: too rare to go on from.
+    except ValueError:  # Of a version whose configuration this one refuses.
         return "new", ""
     return ("resume" if record and record.code == code_version() else "new"), ""
 
