@@ -95,11 +95,15 @@ class TrainerRank(ProcessActor):
         import drpo_megatron.trainer.trainer  # noqa: F401
 
     def open_store(self, host: str, world_size: int) -> int:
-        """On rank 0: the store at which the ranks meet. Returns its port, chosen by the system."""
+        """On rank 0: the store at which the ranks meet, at `host` alone. Returns its port, chosen by the system."""
         from torch.distributed import TCPStore
 
-        self.store = TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
-        return self.store.port
+        listener = socket.create_server((host, 0))  # torch's own would listen on all interfaces.
+        port: int = listener.getsockname()[1]
+        self.store = TCPStore(
+            host, port, world_size, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        return port
 
     def start(self, config: Config, rank: int, host: str, port: int) -> None:
         from datetime import timedelta

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,6 +34,7 @@ from drpo_megatron.orchestration.placement import (
     rank_spots,
     ranks_have_gpus,
 )
+from drpo_megatron.orchestration.scratch import ray_directory
 from drpo_megatron.orchestration.signals import STOP_SIGNALS, held
 from drpo_megatron.orchestration.workers import (
     ActorGroup,
@@ -49,6 +48,8 @@ from drpo_megatron.orchestration.workers import (
 from drpo_megatron.precision.recipes import environment as precision_environment
 
 _CONSOLE_POPEN: Any = ray._private.services.ConsolePopen
+LOOPBACK = "127.0.0.1"
+_ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 _CALLS_AT_ONCE = 16
 """Of the engine in front of SGLang servers: rollouts of several steps, new weights in between, pings."""
 _RAY_ATTEMPTS = 4
@@ -76,8 +77,7 @@ def cluster(
 
 @contextmanager
 def _ray(config: Config, numbers: Numbers) -> Iterator[None]:
-    address = config.cluster.ray_address
-    temporary = None if address else tempfile.mkdtemp(prefix="ray-", dir=_short_temporary_directory())
+    address, of_ray = config.cluster.ray_address, ExitStack()
     # ray/_private/worker.py:439,2774 would tell every death and lost peer on its own; our one error names the culprit.
     os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
     ray._private.worker.listen_error_messages = lambda worker, stopped: None
@@ -89,19 +89,19 @@ def _ray(config: Config, numbers: Numbers) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # The default says at length that it will change.
     try:
         with _stop_signals_wait():
-            if temporary is None:
+            if address:
                 ray.init(address=address, log_to_driver=False, logging_level="ERROR")
             else:
-                _let_in_who_has_the_token(Path(temporary))
-                _start_ray(max(os.cpu_count() or 1, sum(numbers)), temporary)
-        if temporary is None:
+                temporary = of_ray.enter_context(ray_directory())
+                _let_in_who_has_the_token(temporary)
+                _start_ray(max(os.cpu_count() or 1, sum(numbers)), str(temporary))
+        if address:
             _wait_for_machines(config.cluster.num_machines, config.cluster.startup_timeout_s)
         yield
     finally:
         with held():  # A second Ctrl-C must not leave processes behind.
             ray.shutdown()
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
+        of_ray.close()
 
 
 class _OwnGroup(_CONSOLE_POPEN):
@@ -138,13 +138,19 @@ def _let_in_who_has_the_token(directory: Path) -> None:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _start_ray(num_cpus: int, temporary: str | None) -> None:
-    """A Ray of our own. It allows itself 30 s to start (ray/_private/node.py:428), too few for a machine that is busy."""
+def _start_ray(num_cpus: int, temporary: str) -> None:
+    """A Ray of our own, which listens on the loopback interface alone.
+
+    It allows itself 30 s to start (ray/_private/node.py:428), too few for a machine that is busy.
+    """
+    # ray/_private/services.py:801,815 would turn 127.0.0.1 into an address that others reach, unless Ray has no clusters.
+    ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
     for attempt in range(1, _RAY_ATTEMPTS + 1):
         try:
             ray.init(
                 num_cpus=num_cpus,
                 include_dashboard=False,
+                _node_ip_address=LOOPBACK,
                 log_to_driver=False,
                 logging_level="ERROR",
                 object_store_memory=_OBJECT_STORE_BYTES,
@@ -239,7 +245,7 @@ def launch(config: Config, numbers: Numbers, logs: Path) -> Workers:
         add(EngineActor, f"engine {i}", f"engine-{i}", engine_environment, spot, calls_at_once)
         for i in range(numbers.engines)
     ]
-    rewards = [add(RewardActor, "rewards", "rewards", _environment(1), Spot()) for _ in range(numbers.rewards)]
+    rewards = [add(RewardActor, "rewards", "rewards", _environment(config, 1), Spot()) for _ in range(numbers.rewards)]
     each = gpus_a_server(config)
     servers = [
         add(
@@ -266,7 +272,7 @@ def launch(config: Config, numbers: Numbers, logs: Path) -> Workers:
 
 
 def _start_ranks(config: Config, ranks: list[Process], supervisor: Supervisor) -> list[Call]:
-    host = ranks[0].place.address if config.cluster.ray_address and ranks[0].place else "127.0.0.1"
+    host = ranks[0].place.address if config.cluster.ray_address and ranks[0].place else LOOPBACK
     opened = ranks[0].actor.open_store.remote(host, len(ranks))
     [port] = supervisor.wait([(ranks[0], opened)], config.cluster.startup_timeout_s)
     return [(p, p.actor.start.remote(config, r, host, port)) for r, p in enumerate(ranks)]
@@ -284,9 +290,11 @@ def _number_by_machine(ranks: list[Process], spots: list[Spot]) -> list[Spot]:
     return [spot for _, _, spot in placed]
 
 
-def _environment(num_threads: int) -> dict[str, str]:
+def _environment(config: Config, num_threads: int) -> dict[str, str]:
     """Set before the process imports torch, which reads the thread counts once."""
-    return {
+    # On one machine its ranks and servers meet where nobody else listens; a container's host name may mean nothing, too.
+    is_alone = config.cluster.ray_address is None and sys.platform == "linux"
+    return (_ON_LOOPBACK if is_alone else {}) | {
         "OMP_NUM_THREADS": str(num_threads),
         "MKL_NUM_THREADS": str(num_threads),
         "TOKENIZERS_PARALLELISM": "false",
@@ -295,27 +303,19 @@ def _environment(num_threads: int) -> dict[str, str]:
 
 
 def _engine_environment(config: Config) -> dict[str, str]:
-    environment, engine = _environment(config.rollout.engine.num_threads), config.rollout.engine
+    environment, engine = _environment(config, config.rollout.engine.num_threads), config.rollout.engine
     if isinstance(engine, SGLangEngineSection) and engine.uses_nccl:
         environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # A broken broadcast must not end the engine process.
     return environment
 
 
 def _rank_environment(config: Config, on_gpu: bool) -> dict[str, str]:
-    environment = _environment(config.cluster.rank_threads) | precision_environment(config.precision)
+    environment = _environment(config, config.cluster.rank_threads) | precision_environment(config.precision)
     if on_gpu:
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Orders Megatron's communication before the kernels it feeds.
     else:
         environment["TORCHDYNAMO_DISABLE"] = "1"  # Megatron's compiled helpers cost minutes on a CPU and gain nothing.
-    if config.cluster.ray_address is None and sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # The host name of a container often resolves to nothing.
     return environment
-
-
-def _short_temporary_directory() -> str:
-    """Ray's socket paths have to stay within 107 characters."""
-    directory = tempfile.gettempdir()
-    return directory if len(directory) <= 25 else "/tmp"
 
 
 def _count(number: int, noun: str) -> str:

@@ -47,7 +47,17 @@ class BroadcastTransport:
         host = _own_address(clients[0])
         patience = timedelta(seconds=self.section.sync_timeout_s)
         name = f"weights-{uuid.uuid4().hex}"
-        self._store = dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False, timeout=patience)
+        listener = socket.create_server((host, 0))  # torch's own would listen on all interfaces.
+        port = listener.getsockname()[1]
+        self._store = dist.TCPStore(
+            host,
+            port,
+            world_size,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=patience,
+            master_listen_fd=listener.detach(),
+        )
         joining = [
             self.loop.submit(
                 client.call(

@@ -18,6 +18,7 @@ import ctypes
 import importlib.util
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -86,6 +87,30 @@ def add_kernels() -> None:
         sys.modules["sgl_kernel"] = _NoKernels("sgl_kernel")
 
 
+class Secret(str):
+    """A key. SGLang logs its settings as Python shows them, to a file that others may read."""
+
+    def __repr__(self) -> str:
+        return "'(not shown)'"
+
+
+def _listen_where_told(host: str) -> None:
+    """torch's stores listen on all interfaces, whatever address they are given; SGLang's have to stay on `host`."""
+    import torch.distributed.rendezvous as rendezvous
+
+    store_class = rendezvous.TCPStore
+
+    def make_store(
+        host_name: str, port: int, world_size: Any = None, is_master: bool = False, *args: Any, **more: Any
+    ) -> Any:
+        if is_master:
+            listener = socket.create_server((host, port))
+            more |= {"master_listen_fd": listener.detach(), "multi_tenant": False}
+        return store_class(host_name, port, world_size, is_master, *args, **more)
+
+    rendezvous.TCPStore = make_store  # type: ignore[assignment, misc]
+
+
 def _die_with(parent_pid: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:  # It died before the line above.
@@ -94,13 +119,14 @@ def _die_with(parent_pid: int) -> None:
 
 def main() -> None:
     api_key = sys.stdin.readline().strip()
-    flags = [*sys.argv[3:], "--api-key", api_key]
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    arguments = prepare_server_args(sys.argv[3:])
+    arguments.api_key = Secret(api_key)
     try:
-        run_server(prepare_server_args(flags))
+        run_server(arguments)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 
@@ -114,5 +140,7 @@ if sys.argv[2] == "cpu":
     _library = _prepare_cpu()  # Its ops exist as long as it does.
 else:
     os.environ["CUDA_VISIBLE_DEVICES"] = sys.argv[2].removeprefix("cuda:")
+if "--host" in sys.argv:
+    _listen_where_told(sys.argv[sys.argv.index("--host") + 1])
 if __name__ == "__main__":
     main()

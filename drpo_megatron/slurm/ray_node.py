@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ from itertools import count
 from pathlib import Path
 
 from drpo_megatron.files import write_text
+from drpo_megatron.orchestration.scratch import ray_directory
 
 ADDRESS_FILE = "ray_address"
 _UP_FILE = "ray_current_cluster"
@@ -96,19 +96,18 @@ def _on_signals() -> Callable[[], bool]:
 @contextmanager
 def _started(command: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """Ray, and its temporary directory on the node's own disk; both end with the block."""
-    scratch = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # Its socket paths have to stay within 107 characters.
-    # In a session of its own, so that signals to the job's processes don't reach it.
-    ray = subprocess.Popen([*command, f"--temp-dir={scratch}"], start_new_session=True, env=os.environ | _PATIENT)
-    try:
-        yield ray, scratch
-    finally:
-        ray.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            ray.wait(_END_S)
-        with suppress(ProcessLookupError):
-            os.killpg(ray.pid, signal.SIGKILL)
-        ray.wait()
-        shutil.rmtree(scratch, ignore_errors=True)
+    with ray_directory() as scratch:
+        # In a session of its own, so that signals to the job's processes don't reach it.
+        ray = subprocess.Popen([*command, f"--temp-dir={scratch}"], start_new_session=True, env=os.environ | _PATIENT)
+        try:
+            yield ray, scratch
+        finally:
+            ray.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                ray.wait(_END_S)
+            with suppress(ProcessLookupError):
+                os.killpg(ray.pid, signal.SIGKILL)
+            ray.wait()
 
 
 def _read(file: Path, is_over: Callable[[], bool], timeout_s: float) -> str:

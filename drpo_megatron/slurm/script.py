@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 
+from drpo_megatron.paths import unshown_characters
 from drpo_megatron.slurm.layout import Nodes
 
 
@@ -27,7 +29,34 @@ class Job:
     """Directories that the container sees under the same names."""
 
 
+_SAFE = re.compile(r"[\w.,:@+=/~^!&;()\[\]{}<>|*?$` -]*")
+"""What sbatch takes as it stands in a line of #SBATCH: no quote, backslash or #, which it reads in ways of its own, and no %,
+which it replaces in file names."""
+_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE")
+
+
+def sbatch_value(value: str, what: str) -> str:
+    """An option's value for a line of #SBATCH. ValueError, which names `what`, where sbatch would take it for another."""
+    if not value or not _SAFE.fullmatch(value) or unshown_characters(value):
+        odd = next((c for c in value if not _SAFE.fullmatch(c) or unshown_characters(c)), "")
+        raise ValueError(
+            f"{what} {ascii(value)} has {ascii(odd)} in it, which sbatch doesn't take; rename it"
+            if odd
+            else f"{what} is empty"
+        )
+    return f'"{value}"' if " " in value else value
+
+
+def sbatch_file(directory: str, name: str, what: str) -> str:
+    """`directory/name` for a line of #SBATCH, where `name` may have sbatch's own placeholders and the directory none."""
+    checked = sbatch_value(directory, what)
+    return f'"{directory}/{name}"' if checked.startswith('"') else f"{directory}/{name}"
+
+
 def sbatch_script(job: Job) -> str:
+    """The script. ValueError, which names the option, for a text that can't be passed on as it is."""
+    if job.time and not _TIME.fullmatch(job.time):
+        raise ValueError(f"--time {ascii(job.time)}: give minutes, hours:minutes:seconds or days-hours:minutes:seconds")
     asked = {
         "gpus-per-node": str(job.nodes.gpus_each or ""),
         "time": job.time,
@@ -36,23 +65,30 @@ def sbatch_script(job: Job) -> str:
     }
     container = []
     if job.container:
+        if odd := [path for path in job.mounts if set(path) & set(",:")]:
+            raise ValueError(
+                f"{ascii(odd[0])} can't be mounted: --container-mounts ends a path at ',' and ':'; rename it"
+            )
         mounts = ",".join(f"{path}:{path}" for path in job.mounts)
         container = [f"--container-image={job.container}", f"--container-mounts={mounts}"]
         container.append(f"--container-workdir={job.working_dir}")
     values = {
-        "NAME": job.name,
+        "NAME": sbatch_value(job.name, "run.name"),
         "NODES": str(job.nodes.count),
-        "ASKED": "".join(f"#SBATCH --{option}={value}\n" for option, value in asked.items() if value),
-        "WORKING_DIR": job.working_dir,
-        "OUTPUT": f"{job.run_dir}/slurm/%j.out",
+        "ASKED": "".join(
+            f"#SBATCH --{option}={sbatch_value(value, f'--{option}')}\n"
+            for option, value in asked.items()
+            if value not in (None, "")
+        ),
+        "WORKING_DIR": sbatch_value(job.working_dir, "the working directory"),
+        "OUTPUT": sbatch_file(job.run_dir, "slurm/%j.out", "the run directory"),
         "RUN": shlex.quote(job.run_dir),
         "PROGRAM": shlex.join(job.program),
         "CONTAINER": shlex.join(container),
     }
-    script = _SCRIPT
-    for name, value in values.items():
-        script = script.replace(f"@{name}@", value)
-    return script
+    return re.sub(
+        r"@([A-Z_]+)@", lambda match: values[match[1]], _SCRIPT
+    )  # Once: a value may look like a place for one.
 
 
 _SCRIPT = r"""#!/bin/bash

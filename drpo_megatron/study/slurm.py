@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from drpo_megatron.files import write_text
+from drpo_megatron.slurm.script import sbatch_file, sbatch_value
 from drpo_megatron.study.cells import State
 from drpo_megatron.study.runs import Run, Study
 
@@ -21,7 +22,7 @@ _SCRIPT = """\
 #SBATCH --job-name={name}
 #SBATCH --nodes=1
 #SBATCH --array=0-{last}
-#SBATCH --output={directory}/%A_%a.out
+#SBATCH --output={output}
 TASKS=(
 {tasks}
 )
@@ -60,4 +61,5 @@ def _script(study: Study, name: str, directory: Path, runs: Sequence[Run]) -> st
         only = [part for axis, level in run.levels.items() for part in ("--only", f"{axis}={level}")]
         tasks.append(shlex.join([*program, "--seeds", str(run.seed), *(only or ["--starts"])]))
     lines = "\n".join(shlex.quote(task) for task in tasks)
-    return _SCRIPT.format(name=name, last=len(runs) - 1, directory=directory, tasks=lines)
+    output = sbatch_file(str(directory), "%A_%a.out", "the directory of the runs")
+    return _SCRIPT.format(name=sbatch_value(name, "the study's name"), last=len(runs) - 1, output=output, tasks=lines)

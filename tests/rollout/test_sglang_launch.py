@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import psutil
 
 from drpo_megatron.config.sections import SGLangEngineSection
-from drpo_megatron.rollout.sglang_server import LAUNCHER, server_flags
+from drpo_megatron.rollout.sglang_server import LAUNCHER, answers, server_flags
+from tests.orchestration.test_listening import is_loopback, listening
+from tests.rollout.conftest import Served
 
 _SHOW = "import os, runpy, sys; runpy.run_path(sys.argv.pop(1)); print(os.environ['CUDA_VISIBLE_DEVICES'])"
 
@@ -24,3 +29,22 @@ def test_only_a_server_that_shares_gpus_saves_memory() -> None:
     assert flag in server_flags("model", section, "bfloat16", "cuda:0", releases_memory=True)
     assert flag not in server_flags("model", section, "bfloat16", "cuda:0")
     assert flag not in server_flags("model", section, "float32", "cpu", releases_memory=True)
+
+
+def test_the_key_of_a_server_is_shown_nowhere_and_it_listens_on_loopback_only(sglang: Served) -> None:
+    server = sglang.keepers[0].server
+    key = server.endpoint.api_key
+    assert server.process is not None
+    family = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    log = server.log_file.read_text()
+    assert "api_key='(not shown)'" in log  # SGLang does log its settings.
+    for process in family:
+        for of_process in ("cmdline", "environ"):
+            assert key.encode() not in Path("/proc", str(process.pid), of_process).read_bytes()
+    for file in server.log_file.parent.rglob("*"):
+        assert not file.is_file() or key.encode() not in file.read_bytes()
+    assert answers(server.endpoint, "/server_info", 60.0)
+    assert not answers(type(server.endpoint)(server.endpoint.url, "another key"), "/server_info", 60.0)
+    found = listening(family)
+    assert len(found) >= 2  # HTTP and the store of its ranks.
+    assert {place: who for place, who in found.items() if not is_loopback(place.split()[0])} == {}

@@ -1,0 +1,94 @@
+"""A run on one machine can be reached from that machine alone, and its temporary files by its user alone."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from drpo_megatron.orchestration.scratch import ray_directory, remove_abandoned
+from tests.orchestration import command
+
+
+def listening(processes: list[psutil.Process]) -> dict[str, str]:
+    """Who listens where."""
+    return {
+        f"{socket.laddr.ip} {socket.laddr.port}": " ".join(process.cmdline())[:120]
+        for process in processes
+        for socket in process.net_connections(kind="inet")
+        if socket.status == psutil.CONN_LISTEN or (socket.type.name == "SOCK_DGRAM" and not socket.raddr)
+    }
+
+
+def is_loopback(ip: str) -> bool:
+    address = ipaddress.ip_address(ip)
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def test_a_run_listens_on_loopback_only_and_its_scratch_is_closed(tmp_path: Path) -> None:
+    command.prepare(tmp_path, run={"run_dir": "run", "num_steps": 100_000}, parallel={"num_ranks": 2}, warmup=None)
+    process = command.start(tmp_path, "train", "run.yaml")
+    try:
+        command.wait_for_step(process, tmp_path, 1)
+        family = [psutil.Process(process.pid), *command.descendants(process)]
+        found = listening(family)
+        names = {p.name() for p in family}
+        [scratch] = Path("/tmp").glob(f"drpo-{process.pid}-*")
+        mode, inside = stat.S_IMODE(scratch.stat().st_mode), [path.name for path in scratch.iterdir()]
+    finally:
+        process.send_signal(signal.SIGINT)
+        command.finish(process, tmp_path)
+    # The driver, Ray's GCS and raylet, ranks, engine and rewards all listen.
+    assert len(found) >= 8 and {"gcs_server", "raylet"} <= names
+    assert {place: who for place, who in found.items() if not is_loopback(place.split()[0])} == {}
+    assert (mode, inside) == (0o700, ["r"])
+    assert not scratch.exists()
+
+
+_HOLD = """
+import os, sys, tempfile, time
+tempfile.tempdir = sys.argv[1]
+from drpo_megatron.orchestration import scratch
+scratch._MAX_LENGTH = 1000
+with scratch.ray_directory() as directory:
+    (directory / "session").mkdir()
+    print(directory, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_owner_left_is_removed_by_the_next_and_nothing_else(tmp_path: Path) -> None:
+    owners = [
+        subprocess.Popen([sys.executable, "-c", _HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        killed, living = [Path(owner.stdout.readline().strip()).parent for owner in owners if owner.stdout]
+        other = tmp_path / "drpo-notes"
+        other.mkdir()
+        (tmp_path / f"drpo-{owners[0].pid}-link").symlink_to(other)
+        owners[0].kill()
+        owners[0].wait()
+        (killed / "r" / "session" / "file").write_text("left")
+        remove_abandoned(tmp_path)
+        assert not killed.exists()
+        assert living.exists() and other.exists()
+    finally:
+        for owner in owners:
+            owner.kill()
+            owner.wait()
+
+
+def test_the_directory_is_gone_after_the_block_and_its_paths_are_short() -> None:
+    with ray_directory() as directory:
+        # Ray adds session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store; Linux allows 107 characters.
+        socket = directory / "session_2026-12-31_23-59-59_999999_4194304" / "sockets" / "plasma_store"
+        assert len(str(socket).replace(str(os.getpid()), "4194304")) <= 107
+        assert directory.is_dir()
+    assert not directory.parent.exists()
