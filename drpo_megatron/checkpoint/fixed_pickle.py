@@ -39,8 +39,13 @@ class FixedUnpickler(pickle.Unpickler):
 
     def __init__(self, data: bytes, table: Table) -> None:
         _check_memo(data)
-        super().__init__(io.BytesIO(data))
+        self._file = io.BytesIO(data)
+        super().__init__(self._file)
         self._table = table
+
+    def num_read(self) -> int:
+        """Bytes up to the end of the pickle, after `load`."""
+        return self._file.tell()
 
     def find_class(self, module: str, name: str) -> Any:
         try:

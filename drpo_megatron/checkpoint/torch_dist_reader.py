@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 from torch.futures import Future
 from torch.serialization import _get_layout
 
+from drpo_megatron.checkpoint.extra_state import rewritten
 from drpo_megatron.checkpoint.fixed_pickle import DTYPES, ENUM_MEMBERS, Table, load_fixed
 from drpo_megatron.checkpoint.torch_save import find_tensor, load_saved
 from drpo_megatron.paths import inside
@@ -146,7 +147,14 @@ class FixedReader(FileSystemReader):
         place = self.storage_data[item.storage_index]
         source = f"{path}: {item.storage_index.fqn}"
         if item.type == LoadItemType.BYTE_IO:
-            _give(planner, item.dest_index.fqn, load_saved(_bytes(file, place.offset, place.length), source))
+            value = load_saved(_bytes(file, place.offset, place.length), source)
+            if "_extra_state" in item.storage_index.fqn:
+                value = (
+                    [rewritten(state, source) for state in value]
+                    if isinstance(value, list)
+                    else rewritten(value, source)
+                )
+            _give(planner, item.dest_index.fqn, value)
             return
         target = planner.resolve_tensor(item).detach()
         if not self._read_whole(file, item, place, target):

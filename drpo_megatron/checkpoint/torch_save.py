@@ -119,7 +119,8 @@ class _Archive:
         return data
 
 
-def _storage_dtype(module: str, name: str) -> torch.dtype | None:
+def storage_dtype(module: str, name: str) -> torch.dtype | None:
+    """What a class of storages holds; None for whatever is no such class."""
     if (module, name) == ("torch.storage", "UntypedStorage"):
         return torch.uint8
     return _STORAGES.get(name) if module == "torch" else None
@@ -127,7 +128,7 @@ def _storage_dtype(module: str, name: str) -> torch.dtype | None:
 
 class _Unpickler(FixedUnpickler):
     def find_class(self, module: str, name: str) -> Any:
-        return _storage_dtype(module, name) or super().find_class(module, name)
+        return storage_dtype(module, name) or super().find_class(module, name)
 
 
 _PLAIN_TENSOR: Table = {
@@ -151,7 +152,7 @@ class _Description(_Unpickler):
 
 class _Objects(_Unpickler):
     def __init__(self, archive: _Archive) -> None:
-        super().__init__(archive.read("data.pkl"), _OBJECTS)
+        super().__init__(archive.read("data.pkl"), OBJECTS)
         self._archive = archive
         self._storages: dict[str, torch.Tensor] = {}
 
@@ -198,7 +199,7 @@ def _bytes_io(data: Any = b"", *rest: Any) -> io.BytesIO:
     return io.BytesIO(data)
 
 
-_OBJECTS: Table = {
+OBJECTS: Table = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
     ("torch._utils", "_rebuild_parameter"): lambda data, *rest: data,

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from drpo_megatron.checkpoint.checksums import CHECKSUMS_FILE
+from drpo_megatron.checkpoint.extra_state import rewritten
 from drpo_megatron.checkpoint.fixed_pickle import load_fixed
 from drpo_megatron.checkpoint.torch_dist import Box, TorchDistCheckpoint
 from drpo_megatron.checkpoint.torch_dist_reader import read_metadata
@@ -247,6 +248,67 @@ def test_metadata_that_names_a_file_elsewhere_is_refused(name: str, converted: P
     (tmp_path / ".metadata").write_bytes(pickle.dumps(found))
     with pytest.raises(ValueError, match="names the file .*it has to lie in"):
         read_metadata(tmp_path / ".metadata")
+
+
+# --- Transformer Engine's state of a layer ----------------------------------------------------------------------------
+
+
+def te_state() -> dict[str, Any]:
+    """In the form of Transformer Engine's `get_extra_state`."""
+    return {
+        "scale_fwd": torch.arange(3.0),
+        "amax_history_fwd": torch.arange(8.0).reshape(4, 2).t(),
+        "extra_fp8_variables": {"fp8_checkpoint": True, "num_gemms": 1, "global_fp8_buffer_pos_fwd": [0, 1]},
+    }
+
+
+def as_bytes(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+def test_a_layers_state_is_written_anew_and_stays_the_same() -> None:
+    old = te_state()
+    new = pickle.loads(rewritten(as_bytes(old), "it").numpy().tobytes())
+    by_torch = torch.load(rewritten(io.BytesIO(saved(old)), "it"), weights_only=True)
+    for found in (new, by_torch):
+        assert found["extra_fp8_variables"] == old["extra_fp8_variables"]
+        assert torch.equal(found["scale_fwd"], old["scale_fwd"])
+        assert torch.equal(found["amax_history_fwd"], old["amax_history_fwd"])
+    assert rewritten(None, "it") is None and rewritten(torch.empty(0, dtype=torch.uint8), "it").numel() == 0
+
+
+def test_a_layers_state_runs_nothing(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    traps = [Trap(marker), te_state() | {"recipe": Trap(marker)}]
+    states = [state for trap in traps for state in (as_bytes(trap), io.BytesIO(saved(trap)))]
+    legacy = io.BytesIO()
+    torch.save(Trap(marker), legacy, _use_new_zipfile_serialization=False)
+    for data in (legacy.getvalue(), saved(Trap(marker))):  # What torch.storage._load_from_bytes would load.
+
+        class InStorage:
+            def __reduce__(self, data: bytes = data) -> Any:
+                return torch.storage._load_from_bytes, (data,)
+
+        states.append(as_bytes(InStorage()))
+    for state in states:
+        with pytest.raises(ValueError, match="^it is damaged: "):
+            rewritten(state, "it")
+    for state in ("text", torch.ones(3)):
+        with pytest.raises(ValueError, match="is no state of a layer"):
+            rewritten(state, "it")
+    assert not marker.exists()
+
+
+def test_a_flipped_bit_in_a_layers_state_is_one_error() -> None:
+    rng, good = random.Random(3), as_bytes(te_state()).numpy().tobytes()
+    num_refused = 0
+    for _ in range(1000):
+        try:
+            rewritten(torch.frombuffer(bytearray(flipped(good, rng)), dtype=torch.uint8), "it")
+        except ValueError as error:
+            num_refused += 1
+            assert str(error).startswith("it is damaged: ")
+    assert num_refused > 300
 
 
 # --- Python 3.11.0 to 3.11.3 pickle members of enums by `getattr` -----------------------------------------------------
