@@ -32,8 +32,8 @@ def is_loopback(ip: str) -> bool:
 
 
 def test_a_run_listens_on_loopback_only_and_its_scratch_is_closed(tmp_path: Path) -> None:
-    command.prepare(tmp_path, run={"run_dir": "run", "num_steps": 100_000}, parallel={"num_ranks": 2}, warmup=None)
-    process = command.start(tmp_path, "train", "run.yaml")
+    command.prepare(tmp_path, run={"run_dir": "run", "num_steps": 100_000}, parallel={"num_ranks": 2})
+    process = command.start(tmp_path, "train", "run.yaml", "warmup=null")
     try:
         command.wait_for_step(process, tmp_path, 1)
         family = [psutil.Process(process.pid), *command.descendants(process)]
