@@ -114,6 +114,8 @@ class TrainerRank(ProcessActor):
         from drpo_megatron.trainer.trainer import Trainer
 
         world_size, cluster = config.parallel.num_ranks, config.cluster
+        if cluster.ray_address is not None:
+            _stay_on_the_network_of(ray.util.get_node_ip_address())
         patience = timedelta(seconds=cluster.startup_timeout_s)
         store = self.store if rank == 0 else TCPStore(host, port, world_size, timeout=patience)
         initialize_distributed(config, rank, world_size, store, cluster.step_timeout_s)
@@ -351,6 +353,16 @@ class RewardActor(ProcessActor):
         """With the failures comes an `example`, if there ever was one."""
         rewards, failures = self.scorer.score(pairs)
         return rewards, failures | {"example": self.scorer.failure}
+
+
+def _stay_on_the_network_of(address: str) -> None:
+    """gloo and NCCL take the interface that has this address, unless the user has named others."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == address for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 def _encoder(precision: RolloutPrecision | None, config: Config) -> Encode | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import importlib.util
 import os
 import signal
@@ -96,8 +97,7 @@ class Secret(str):
 
 def _listen_where_told(host: str) -> None:
     """torch's stores listen on all interfaces, whatever address they are given; SGLang's have to stay on `host`."""
-    import torch.distributed.rendezvous as rendezvous
-
+    rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")  # The package has a function of the name.
     store_class = rendezvous.TCPStore
 
     def make_store(
@@ -108,7 +108,7 @@ def _listen_where_told(host: str) -> None:
             more |= {"master_listen_fd": listener.detach(), "multi_tenant": False}
         return store_class(host_name, port, world_size, is_master, *args, **more)
 
-    rendezvous.TCPStore = make_store  # type: ignore[assignment, misc]
+    rendezvous.TCPStore = make_store
 
 
 def _die_with(parent_pid: int) -> None:

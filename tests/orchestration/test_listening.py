@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
+from drpo_megatron.orchestration.actors import _stay_on_the_network_of
 from drpo_megatron.orchestration.scratch import ray_directory, remove_abandoned
 from tests.orchestration import command
 
@@ -49,6 +51,18 @@ def test_a_run_listens_on_loopback_only_and_its_scratch_is_closed(tmp_path: Path
     assert {place: who for place, who in found.items() if not is_loopback(place.split()[0])} == {}
     assert (mode, inside) == (0o700, ["r"])
     assert not scratch.exists()
+
+
+def test_ranks_on_several_machines_take_the_interface_of_their_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    for name in names:
+        monkeypatch.setenv(name, "to be removed")  # So that it is restored.
+        monkeypatch.delenv(name)
+    _stay_on_the_network_of("203.0.113.7")  # No interface has it.
+    assert not any(name in os.environ for name in names)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    _stay_on_the_network_of("127.0.0.1")
+    assert [os.environ[name] for name in names] == ["lo", "ib0"]
 
 
 _HOLD = """
