@@ -262,7 +262,7 @@ def _own_tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def _model_key(chunks: Sequence[Any], index: int) -> str:

@@ -130,7 +130,7 @@ class OptimizerSection(Section):
 
 class TrainerSection(Section):
     backend: Literal["auto", "cpu", "gpu"] = "auto"
-    """`cpu`: gloo and the CPU platform; `gpu`: NCCL, nothing patched; `auto`: gpu where CUDA is there."""
+    """`cpu`: gloo and the CPU platform; `gpu`: NCCL, `auto`: gpu where CUDA is there."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Compute dtype of the trainer. bf16 keeps FP32 masters in the optimizer."""
     optimizer_steps_per_rollout: Count = 4

@@ -126,7 +126,7 @@ def check_cpu_versions() -> None:
     if megatron not in CPU_MEGATRON:
         raise ValueError(
             f"the CPU platform was checked with megatron-core {', '.join(CPU_MEGATRON)}, but {megatron} is installed; "
-            f"pip install megatron-core=={CPU_MEGATRON[-1]}, or train on a GPU, where nothing is patched"
+            f"pip install megatron-core=={CPU_MEGATRON[-1]}, or train on a GPU"
         )
     release = ".".join(torch.__version__.split(".")[:2])
     if release not in CPU_TORCH_RELEASES:

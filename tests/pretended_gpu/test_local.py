@@ -1,0 +1,45 @@
+"""A GPU without Transformer Engine: Megatron-Core's own layers, pretended NCCL ranks, against one rank of the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.pretended_gpu.budget import MEGATRONS, WITHOUT_ENGINE, problems
+from tests.pretended_gpu.cases import LAYOUTS, Case, assert_same
+from tests.pretended_gpu.conftest import LOCAL, Train, trainer_of
+
+KL = {"objective": {"anchor": "recompute", "kl_ref": {"coef": 0.1}}}
+AMPLIFIED = 1e-4
+"""Qwen3.5's norms scale by 1 + weight, and its delta nets sum over states: rounding errors grow, on a CPU's two ranks,
+too."""
+MANY = {"trainer": {"max_tokens_per_micro_batch": 48}}
+CASES = {
+    **{layout: Case(layout=layout) for layout in LAYOUTS},
+    "pp2 resumed": Case(layout="pp2", goes_on=True),
+    "dense": Case("dense", "tp2"),
+    "tied": Case("dense-tied", "pp2"),
+    "qwen3.5": Case("qwen3.5", "tp2ep2", tolerance=AMPLIFIED),
+    "anchor and kl": Case(layout="cp2", sections=KL),
+    "replay": Case(layout="tp2ep2", sections={"trainer": {"routing_replay": "rollout"}}),
+    "emulated": Case(
+        layout="tp2", sections={"precision": {"train": {"name": "fp8-blockwise"}, "emulate": True}}, tolerance=2e-3
+    ),
+    "many micro-batches": Case(sections=MANY),
+}
+
+
+@pytest.fixture(scope="module")
+def train(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
+    yield from trainer_of(LOCAL, checkpoint, tmp_path_factory.mktemp("local"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_trains_like_the_cpu(name: str, train: Train, reference: Any) -> None:
+    case = CASES[name]
+    ranks = train(case)
+    assert_same(ranks, reference(case), case.tolerance)
+    assert [problem for rank in ranks for problem in problems(rank, MEGATRONS | WITHOUT_ENGINE)] == []
+    assert not case.goes_on or all(rank["resumed"] == [] for rank in ranks)
