@@ -27,10 +27,9 @@ class _AfterTrainer(MetaPathFinder):
 
         def exec_module(module: Any) -> None:
             run(module)
-            from tests.pretended_gpu import cuda
-
             import drpo_megatron.trainer.forward
             import drpo_megatron.trainer.weights  # noqa: F401
+            from tests.pretended_gpu import cuda
 
             cuda.after_megatron()
 
