@@ -15,6 +15,8 @@ from tests.pretended_gpu.cases import Case
 from tests.pretended_gpu.conftest import Train, engine_environment, trainer_of
 from tests.pretended_gpu.test_transformer_engine import BF16
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FAMILIES = {"qwen3_moe": "moe-fp8", "qwen3": "dense", "qwen2": "qwen2", "qwen3_5_moe": "qwen3.5"}
 TAKEN = ("optimizer_steps_per_rollout", "aggregation", "dtype", "loss_low_memory", "routing_replay")
