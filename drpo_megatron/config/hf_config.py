@@ -40,6 +40,7 @@ class HFModelConfig:
     """None: there is no shared expert."""
     linear_num_key_heads: int | None = None
     """Of a gated delta net. None: every layer is attention."""
+    linear_key_head_dim: int | None = None
     quantization: str | None = None
     """Method that the weights are quantised with, such as fp8. None: they aren't."""
 
@@ -111,6 +112,7 @@ def read_hf_config(directory: str | os.PathLike[str]) -> HFModelConfig:
         intermediate_size=number("intermediate_size") if has_dense_layers else None,
         shared_expert_intermediate_size=number("shared_expert_intermediate_size") if is_hybrid else None,
         linear_num_key_heads=number("linear_num_key_heads") if is_hybrid else None,
+        linear_key_head_dim=number("linear_key_head_dim") if is_hybrid else None,
         quantization=str(quantization.get("quant_method")) if quantization else None,
     )
 

@@ -12,15 +12,47 @@ from drpo_megatron.config.sections import Config, SGLangEngineSection
 
 _OWNED_FLAGS = {
     "model-path": "model.hf_path",
+    "model": "model.hf_path",
+    "load-format": "precision.rollout",
+    "quantization": "precision.rollout",
+    "json-model-override-args": "precision.rollout",
     "dtype": "rollout.engine.dtype",
     "tp-size": "rollout.engine.tensor_parallel",
+    "tensor-parallel-size": "rollout.engine.tensor_parallel",
     "dp-size": "rollout.engine.data_parallel",
+    "data-parallel-size": "rollout.engine.data_parallel",
     "api-key": "rollout.engine.api_key_file",
     "host": "rollout.engine.servers",
     "port": "rollout.engine.servers",
     "enable-memory-saver": "cluster.placement",
+    "enable-return-routed-experts": "trainer.routing_replay",
 }
 """Flags of SGLang that are set from other keys."""
+_SHARDED_OTHERWISE = "servers are sent and asked for tensors that tensor parallelism alone has cut"
+_KEEPS_OTHERWISE = "it rearranges or rounds weights after they are loaded, so that no checksum is the expected one"
+_UNUSABLE_FLAGS = {
+    "pp-size": ((1,), _SHARDED_OTHERWISE),
+    "pipeline-parallel-size": ((1,), _SHARDED_OTHERWISE),
+    "ep-size": ((1,), _SHARDED_OTHERWISE),
+    "expert-parallel-size": ((1,), _SHARDED_OTHERWISE),
+    "ep": ((1,), _SHARDED_OTHERWISE),
+    "nnodes": ((1,), _SHARDED_OTHERWISE),
+    "attn-cp-size": ((1,), _SHARDED_OTHERWISE),
+    "moe-dp-size": ((1,), _SHARDED_OTHERWISE),
+    "moe-dense-tp-size": ((), _SHARDED_OTHERWISE),
+    "moe-a2a-backend": (("none",), _SHARDED_OTHERWISE),
+    "enable-dp-attention": ((False,), _SHARDED_OTHERWISE),
+    "enable-dp-lm-head": ((False,), _SHARDED_OTHERWISE),
+    "enable-eplb": ((False,), _SHARDED_OTHERWISE),
+    "ep-num-redundant-experts": ((0,), _SHARDED_OTHERWISE),
+    "speculative-algorithm": ((), "a draft model would keep its first weights"),
+    "enable-lora": ((False,), "adapters would be served beside the weights that are sent"),
+    "weight-cache-mode": (("off",), "SGLang updates no weights that it shares"),
+    "torchao-config": (("",), _KEEPS_OTHERWISE),
+    "moe-runner-backend": (("triton",), _KEEPS_OTHERWISE),
+    "fp8-gemm-backend": (("triton", "deep_gemm"), _KEEPS_OTHERWISE),
+}
+"""Flag -> (values that work, why others don't)."""
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
@@ -30,6 +62,12 @@ def sglang_problems(config: Config, model: HFModelConfig) -> Iterator[str]:
         return
     yield from _server_problems(engine) if engine.servers else _launch_problems(config, engine)
     yield from _sync_problems(config, engine)
+    if engine.data_parallel > 1:
+        yield (
+            f"rollout.engine.data_parallel={engine.data_parallel}: SGLang 0.5.23 takes new weights only without data "
+            f"parallelism inside a server; set rollout.engine.data_parallel=1 and rollout.engine.num_engines="
+            f"{engine.num_engines * engine.data_parallel}"
+        )
     tensor, heads, kv_heads = engine.tensor_parallel, model.num_attention_heads, model.num_key_value_heads
     if heads % tensor:
         yield (
@@ -69,9 +107,14 @@ def _launch_problems(config: Config, engine: SGLangEngineSection) -> Iterator[st
             f"rollout.engine.api_key_file={engine.api_key_file} is for rollout.engine.servers; launched servers get keys of "
             "their own; leave it out"
         )
-    for name in engine.flags:
-        if key := _OWNED_FLAGS.get(name.removeprefix("--")):
+    for name, value in engine.flags.items():
+        bare = name.removeprefix("--")
+        if key := _OWNED_FLAGS.get(bare):
             yield f"rollout.engine.flags.{name} is set by {key}; use that"
+        elif bare in _UNUSABLE_FLAGS and str(value) not in map(str, _UNUSABLE_FLAGS[bare][0]):
+            works, why = _UNUSABLE_FLAGS[bare]
+            fix = f"use {' or '.join(map(str, works))}, or leave it out" if works else "leave it out"
+            yield f"rollout.engine.flags.{name}={value}: {why}; {fix}"
         elif name.startswith("-"):
             yield f"rollout.engine.flags.{name}: write the flag without its dashes, {name.lstrip('-')}"
 

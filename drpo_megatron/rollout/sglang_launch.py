@@ -140,6 +140,9 @@ if sys.argv[2] == "cpu":
     _library = _prepare_cpu()  # Its ops exist as long as it does.
 else:
     os.environ["CUDA_VISIBLE_DEVICES"] = sys.argv[2].removeprefix("cuda:")
+    if "--enable-memory-saver" in sys.argv:
+        # Otherwise CUDA graphs keep their memory, whatever tags it is asked to release.
+        os.environ["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"
 if "--host" in sys.argv:
     _listen_where_told(sys.argv[sys.argv.index("--host") + 1])
 if __name__ == "__main__":

@@ -42,6 +42,15 @@ _CPU_FLAGS = (
 _CPU_DEFAULTS = {"max-total-tokens": 32768}
 """Tokens of KV cache. By default it takes most of the machine's memory, which the trainer needs, too."""
 
+_GPU_DEFAULTS = {
+    # On Blackwell SGLang would take flashinfer_trtllm, which permutes the experts' weights and hashes them so.
+    "moe-runner-backend": "triton",
+    # On Blackwell it would take DeepGEMM, which rounds block-FP8 weights again, to scales that are powers of two, into
+    # other shapes: a second update finds no room for the scales. On Hopper that isn't so; deep_gemm is faster there.
+    "fp8-gemm-backend": "triton",
+}
+"""Kernels that leave weights as they were sent, whichever GPU it is."""
+
 
 class ServerFailure(RuntimeError):
     """A server did not start, or died too often. The message ends with the last lines of its log."""
@@ -76,7 +85,7 @@ def server_flags(
     releases_memory: it will be asked to release its GPUs' memory. On a CPU it goes through the motions without the flag.
     """
     flags: dict[str, Any] = {
-        **(_CPU_DEFAULTS if device == "cpu" else {}),
+        **(_CPU_DEFAULTS if device == "cpu" else _GPU_DEFAULTS),
         "tp-size": section.tensor_parallel,
         "dp-size": section.data_parallel,
         "enable-return-routed-experts": routed_experts,

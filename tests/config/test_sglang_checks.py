@@ -40,6 +40,17 @@ def test_what_fits_passes(directory: Path, fields: dict[str, Any]) -> None:  # n
         ({"api_key_file": "train.jsonl"}, "launched servers get keys of their own"),
         ({"flags": {"tp-size": 2}}, "flags.tp-size is set by rollout.engine.tensor_parallel"),
         ({"flags": {"--log-level": "error"}}, "write the flag without its dashes, log-level"),
+        ({"flags": {"tensor-parallel-size": 2}}, "flags.tensor-parallel-size is set by rollout.engine.tensor_parallel"),
+        (
+            {"flags": {"moe-runner-backend": "flashinfer_trtllm"}},
+            "moe-runner-backend=flashinfer_trtllm: it rearranges or rounds weights .*; use triton, or leave it out",
+        ),
+        ({"flags": {"ep-size": 2}}, "ep-size=2: servers are sent and asked for tensors .*; use 1, or leave it out"),
+        ({"flags": {"speculative-algorithm": "EAGLE"}}, "speculative-algorithm=EAGLE: a draft model .*; leave it out"),
+        (
+            {"data_parallel": 2, "num_engines": 3},
+            "data_parallel=2: SGLang 0.5.23 takes new weights only without .*set .*data_parallel=1 and .*num_engines=6",
+        ),
         ({"tensor_parallel": 3}, "tensor_parallel=3 does not divide num_attention_heads=4; use 1, 2, 4"),
         (
             {"sync": "tensor", "servers": ["http://a:1"]},

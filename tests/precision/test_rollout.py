@@ -149,7 +149,7 @@ def test_stacked_experts_come_apart_for_an_fp8_engine(tmp_path: Path) -> None:
     assert torch.equal(whole[2].chunk(2)[1], dequantize_block128(parts[up], parts[f"{up}_scale_inv"]))
 
 
-def test_an_sglang_server_starts_in_fp8_and_is_expected_to_hold_weights_and_scales(tmp_path: Path) -> None:
+def test_an_sglang_server_starts_in_fp8_and_is_expected_to_hash_what_its_weights_stand_for(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, tiny_moe_config(num_hidden_layers=1, moe_intermediate_size=256))
     *_, override = server_flags(path, section("fp8-block128"))
     config = json.loads(override)["quantization_config"]
@@ -157,14 +157,22 @@ def test_an_sglang_server_starts_in_fp8_and_is_expected_to_hold_weights_and_scal
     assert {"lm_head", "model.embed_tokens", "model.layers.0.mlp.gate"} <= set(config["modules_to_not_convert"])
     assert "model.layers.0.mlp.experts.0.up_proj" not in config["modules_to_not_convert"]
 
-    precision, checksums = precision_of(path, section("fp8-block128")), ServerChecksums(read_hf_config(path), 1)
-    for name, tensor in HFCheckpoint(path).iter_tensors():
-        checksums.add(precision.quantized(name, tensor))
-    names, layer = set(checksums.of_rank(0)), "model.layers.0"
-    fused = ("self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "mlp.experts.w13_weight", "mlp.experts.w2_weight")
-    scales = {f"{layer}.{name}_scale_inv" for name in fused}
-    assert scales == {name for name in names if name.endswith("_scale_inv")}
-    assert {name.removesuffix("_scale_inv") for name in scales} < names
+    precision, model = precision_of(path, section("fp8-block128")), read_hf_config(path)
+    sent = [item for name, tensor in HFCheckpoint(path).iter_tensors() for item in precision.quantized(name, tensor)]
+    checksums, same = ServerChecksums(model, 1), ServerChecksums(model, 1)
+    checksums.add(sent[::-1])  # Scales before weights: the order is the transport's.
+    values = {name: tensor for name, tensor in sent if not name.endswith("_scale_inv")}
+    scales = dict(sent)
+    for name, tensor in values.items():
+        if (scale := scales.get(f"{name}_scale_inv")) is not None:
+            tensor = dequantize_block128(tensor, scale).to(torch.bfloat16)
+        same.add([(name, tensor)])
+    assert checksums.of_rank(0) == same.of_rank(0)
+    assert not any(name.endswith("_scale_inv") for name in checksums.of_rank(0))
+    unfinished = ServerChecksums(model, 1)
+    unfinished.add((name, tensor) for name, tensor in sent if name != "model.layers.0.self_attn.o_proj.weight_scale_inv")
+    with pytest.raises(ValueError, match="o_proj.weight were not all exported"):
+        unfinished.of_rank(0)
 
 
 def test_layers_to_keep_are_kept(tmp_path: Path) -> None:
