@@ -48,7 +48,6 @@ _UNUSABLE_FLAGS = {
     "speculative-algorithm": ((), "a draft model would keep its first weights"),
     "enable-lora": ((False,), "adapters would be served beside the weights that are sent"),
     "weight-cache-mode": (("off",), "SGLang updates no weights that it shares"),
-    "torchao-config": (("",), _KEEPS_OTHERWISE),
     "moe-runner-backend": (("triton",), _KEEPS_OTHERWISE),
     "fp8-gemm-backend": (("triton", "deep_gemm"), _KEEPS_OTHERWISE),
 }

@@ -32,7 +32,8 @@ def check_precision(config: Config, hf_config: dict[str, Any], hardware: Hardwar
     Raises: ValueError that lists everything that can't work, each with the keys, their values and what to do.
     """
     model = hf_config.get("text_config", hf_config)
-    problems = [*_ignored(config), *_rollout_problems(config, hardware), *_server_problems(config, model), *_block_problems(config, model)]
+    problems = [*_ignored(config), *_rollout_problems(config, hardware)]
+    problems += [*_server_problems(config, model), *_block_problems(config, model)]
     precision = None
     if hardware is not None:
         try:
@@ -101,13 +102,16 @@ def _rollout_problems(config: Config, hardware: Hardware | None) -> Iterator[str
 def _server_problems(config: Config, model: dict[str, Any]) -> Iterator[str]:
     """SGLang gives every rank whole blocks, of each matrix that it fuses with others, too."""
     engine = config.rollout.engine
-    if not config.precision.rolls_out_quantized or not isinstance(engine, SGLangEngineSection):
+    rollout = config.precision.rollout.name
+    if rollout == "bf16" or rollout not in SGLANG_RECIPES or not isinstance(engine, SGLangEngineSection):
         return
     heads, kv_heads = model["num_attention_heads"], model["num_key_value_heads"]
     head_dim, tensor = model.get("head_dim") or model["hidden_size"] // heads, engine.tensor_parallel
     sizes = {"hidden_size": (model["hidden_size"], 1), "num_attention_heads x head_dim": (heads * head_dim, tensor)}
     sizes["num_key_value_heads x head_dim"] = kv_heads * head_dim, min(tensor, kv_heads)
-    for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
+    has_dense = not model.get("moe_intermediate_size") or bool(model.get("mlp_only_layers"))
+    inner = ("intermediate_size",) * has_dense + ("moe_intermediate_size", "shared_expert_intermediate_size")
+    for name in inner:
         if model.get(name):
             sizes[name] = model[name], tensor
     for kind in ("key", "value"):
@@ -117,8 +121,7 @@ def _server_problems(config: Config, model: dict[str, Any]) -> Iterator[str]:
     odd = [f"{name}={size} / {ranks} ranks" for name, (size, ranks) in sizes.items() if size % (128 * ranks)]
     if odd:
         yield (
-            f"precision.rollout={config.precision.rollout.name} with rollout.engine=sglang and rollout.engine."
-            f"tensor_parallel={tensor}: SGLang serves whole blocks of 128 only, and {', '.join(odd)} leaves a part of one; "
+            f"precision.rollout={rollout} with rollout.engine=sglang and rollout.engine.tensor_parallel={tensor}: SGLang serves whole blocks of 128 only, and {', '.join(odd)} leaves a part of one; "
             "use a smaller rollout.engine.tensor_parallel, precision.rollout=bf16, or rollout.engine=transformers"
         )
 

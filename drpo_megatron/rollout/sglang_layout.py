@@ -40,6 +40,8 @@ _STACKED = {
     "in_proj_b": ("in_proj_ba", 0),
     "in_proj_a": ("in_proj_ba", 1),
 }
+_ONE_PLUS_NORM = re.compile(r"(?!.*linear_attn).*norm\.weight")
+"""Qwen3.5's norms that scale by 1 + weight, which SGLang keeps beside the weight."""
 _VISION = "visual."
 """Before the names of what Qwen3.5 sees with: it is not trained, nor sent."""
 
@@ -68,6 +70,8 @@ class ServerChecksums:
             if len(pieces) == count:
                 self._hash(fused, [pieces[i] for i in range(count)])
                 del self._pieces[fused]
+                if self._is_hybrid and _ONE_PLUS_NORM.fullmatch(fused):
+                    self._hash(fused.removesuffix("weight") + "gemma_weight", [tensor + 1.0])
 
     def of_rank(self, rank: int) -> dict[str, str]:
         """Checksum by the server's parameter names. ValueError if a parameter lacks some of its tensors."""
@@ -139,7 +143,9 @@ class ServerChecksums:
             return [_padded(piece, -2, _VOCABULARY_MULTIPLE).chunk(size)[rank] for piece in pieces]
         if name.endswith(("in_proj_qkvz.weight", "linear_attn.conv1d.weight")):
             return [part.chunk(size)[rank] for part in (*self._key_key_value(pieces[0]), *pieces[1:])]
-        if name.endswith(("in_proj_ba.weight", "linear_attn.A_log", "linear_attn.dt_bias")):
+        if name.endswith("linear_attn.A_log"):
+            return [piece.float().chunk(size)[rank] for piece in pieces]  # In FP32, whatever the server's dtype.
+        if name.endswith(("in_proj_ba.weight", "linear_attn.dt_bias")):
             return [piece.chunk(size)[rank] for piece in pieces]
         return pieces
 

@@ -5,8 +5,9 @@
     finish  end_weight_update, checksums of every parameter, the new label, continue
 
 Servers on the trainer's GPUs release their memory in between: `release` pauses them, and they stay so. The next `open`
-brings the weights' memory back before it begins, `finish` that of cache and CUDA graphs before it continues. A server bears a label of
-what it lacks, so that one that was started again, or left out, is asked for nothing that it doesn't have to give.
+brings the weights' memory back before it begins, `finish` that of cache and CUDA graphs before it continues. A server
+bears a label of what it lacks, so that one that was started again, or left out, is asked for nothing that it doesn't
+have to give.
 
 From `open` to the end of `finish` a server bears a label that was never published, so whatever goes wrong in between,
 no sample that it draws is taken. A server that fails is left out until the next update; with none left the update

@@ -30,13 +30,18 @@ def section(**keys: Any) -> PrecisionSection:
     return PrecisionSection.model_validate(keys | named)
 
 
-def check(hardware: Hardware | None = CPU, moe: bool = True, **sections: Any) -> list[str]:
-    """`check_precision` of the tiny model, whose head_dim is 16 and whose experts have 24 rows."""
+WHOLE_BLOCKS = dict(hidden_size=256, head_dim=64, moe_intermediate_size=256)
+
+
+def check(
+    hardware: Hardware | None = CPU, moe: bool = True, shape: dict[str, int] | None = None, **sections: Any
+) -> list[str]:
+    """`check_precision` of the tiny model, whose head_dim is 16 and whose experts have 24 rows unless `shape` has them."""
     for key in ("train", "rollout"):
         if isinstance(name := sections.get("precision", {}).get(key), str):
             sections["precision"] = sections["precision"] | {key: {"name": name}}
     config = tiny_config("unused", **sections)
-    return check_precision(config, (tiny_moe_config() if moe else tiny_dense_config()).to_dict(), hardware)
+    return check_precision(config, (tiny_moe_config(**shape or {}) if moe else tiny_dense_config()).to_dict(), hardware)
 
 
 @pytest.mark.parametrize(
@@ -164,16 +169,29 @@ def test_layouts_that_do_not_suit_a_recipe_are_refused() -> None:
 
 
 def test_sglang_computes_in_fp8_where_it_has_kernels() -> None:
-    precision = {"rollout": "fp8-block128"}
+    precision, shape = {"rollout": "fp8-block128"}, WHOLE_BLOCKS
     with pytest.raises(ValueError, match="SGLang has no FP8 kernels for this CPU; use rollout.engine=transformers"):
-        check(CPU, precision=precision, rollout={"engine": {"name": "sglang"}})
-    assert check(HOPPER, precision=precision, rollout={"engine": {"name": "sglang"}}) == []
-    assert (
-        check(CPU, precision=precision, rollout={"engine": {"name": "sglang", "servers": ["http://gpu:30000"]}}) == []
-    )
+        check(CPU, shape=shape, precision=precision, rollout={"engine": {"name": "sglang"}})
+    assert check(HOPPER, shape=shape, precision=precision, rollout={"engine": {"name": "sglang"}}) == []
+    outside = {"name": "sglang", "servers": ["http://gpu:30000"]}
+    assert check(CPU, shape=shape, precision=precision, rollout={"engine": outside}) == []
     fallback = {"monitor": {"early_warning": {"action": "bf16-rollout"}}}
     with pytest.raises(ValueError, match="a server computes in the precision that it was launched in"):
-        check(HOPPER, precision=precision | fallback, rollout={"engine": {"name": "sglang"}})
+        check(HOPPER, shape=shape, precision=precision | fallback, rollout={"engine": {"name": "sglang"}})
+
+
+@pytest.mark.parametrize(
+    ("shape", "tensor_parallel", "odd"),
+    [
+        ({}, 2, "num_key_value_heads x head_dim=128 / 2 ranks leaves"),
+        ({"moe_intermediate_size": 192}, 1, "moe_intermediate_size=192 / 1 ranks leaves"),
+        ({"hidden_size": 192}, 1, "hidden_size=192 / 1 ranks leaves"),
+    ],
+)
+def test_sglang_serves_whole_blocks_only(shape: dict[str, int], tensor_parallel: int, odd: str) -> None:
+    engine = {"name": "sglang", "tensor_parallel": tensor_parallel}
+    with pytest.raises(ValueError, match=f"SGLang serves whole blocks of 128 only, and {odd}"):
+        check(HOPPER, shape=WHOLE_BLOCKS | shape, precision={"rollout": "fp8-block128"}, rollout={"engine": engine})
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest() -> None:

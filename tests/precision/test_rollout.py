@@ -170,7 +170,9 @@ def test_an_sglang_server_starts_in_fp8_and_is_expected_to_hash_what_its_weights
     assert checksums.of_rank(0) == same.of_rank(0)
     assert not any(name.endswith("_scale_inv") for name in checksums.of_rank(0))
     unfinished = ServerChecksums(model, 1)
-    unfinished.add((name, tensor) for name, tensor in sent if name != "model.layers.0.self_attn.o_proj.weight_scale_inv")
+    unfinished.add(
+        (name, tensor) for name, tensor in sent if name != "model.layers.0.self_attn.o_proj.weight_scale_inv"
+    )
     with pytest.raises(ValueError, match="o_proj.weight were not all exported"):
         unfinished.of_rank(0)
 

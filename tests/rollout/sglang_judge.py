@@ -25,10 +25,23 @@ GIB = 2**30
 ABSENT = ("cuda", "cutlass", "deep_gemm", "flashinfer", "sgl_kernel")
 """Compiled for GPUs. Whoever only asks whether they are there finds them."""
 REPORTED = (
-    *("attention_backend", "chunked_prefill_size", "device", "disable_overlap_schedule", "disable_shared_experts_fusion"),
+    *(
+        "attention_backend",
+        "chunked_prefill_size",
+        "device",
+        "disable_overlap_schedule",
+        "disable_shared_experts_fusion",
+    ),
     *("dp_size", "dtype", "enable_deterministic_inference", "enable_memory_saver", "enable_return_routed_experts"),
     *("fp8_gemm_runner_backend", "kv_cache_dtype", "load_format", "moe_a2a_backend", "moe_runner_backend", "page_size"),
-    *("quantization", "skip_server_warmup", "skip_tokenizer_init", "speculative_algorithm", "tp_size", "weight_cache_mode"),
+    *(
+        "quantization",
+        "skip_server_warmup",
+        "skip_tokenizer_init",
+        "speculative_algorithm",
+        "tp_size",
+        "weight_cache_mode",
+    ),
 )
 
 
@@ -136,6 +149,13 @@ def flags() -> dict[str, Any]:
     return {option: action.dest for action in parser._actions for option in action.option_strings}
 
 
+def memory_tags() -> list[str]:
+    """What memory can be released."""
+    from sglang.srt.constants import GPU_MEMORY_ALL_TYPES
+
+    return list(GPU_MEMORY_ALL_TYPES)
+
+
 def checksums(arguments: Any, rank: int, tensors: dict[str, Any]) -> dict[str, str]:
     """Of one rank's parameters after a weight update. Raises what SGLang raises."""
     import torch
@@ -203,5 +223,5 @@ def judge(case: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     _library = pretend(int(sys.argv[1]))
     cases = json.loads(Path(sys.argv[2]).read_text())
-    answers = {name: judge(case) for name, case in cases.items()} | {"flags": flags()}
+    answers = {name: judge(case) for name, case in cases.items()} | {"flags": flags(), "memory": memory_tags()}
     Path(sys.argv[3]).write_text(json.dumps(answers, default=str))

@@ -29,7 +29,7 @@ from drpo_megatron.rollout import sglang_layout
 from drpo_megatron.rollout.sglang_hash import cpu_hash
 from drpo_megatron.rollout.sglang_layout import ServerChecksums
 from drpo_megatron.rollout.sglang_server import server_flags
-from drpo_megatron.rollout.sglang_sync import _compare
+from drpo_megatron.rollout.sglang_sync import _CACHE, _WEIGHTS, _compare
 from tests.rollout.conftest import PYTHON, ROOT
 from tests.tiny import (
     save_checkpoint,
@@ -63,7 +63,7 @@ MODELS = {
     "dense": lambda: tiny_dense_config(**_DENSE),
     "qwen2": lambda: tiny_qwen2_config(**_SHAPE, intermediate_size=512),
     "moe": lambda: tiny_moe_config(**_DENSE, moe_intermediate_size=256),
-    "mixtral": lambda: tiny_mixtral_config(**_DENSE),
+    "mixtral": lambda: tiny_mixtral_config(**_DENSE | {"num_attention_heads": 2}),  # It ignores head_dim.
     "qwen3_5": lambda: tiny_qwen3_5_config(**_QWEN3_5),
 }
 NO_FP8 = {"qwen2": "its key heads are 64 wide, half a block"}
@@ -117,7 +117,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
             line = server_flags(str(ROOT / config.model.hf_path), engine, "bfloat16", "cuda:0", routed_experts=replay)
             cases[recipe.stem] = {"words": line}
     theirs = [word for word in cases["moe bf16 1"]["words"] if word not in ("--moe-runner-backend", "triton")]
-    cases["SGLang's choice of MoE kernels"] = cases["moe bf16 1"] | {"words": theirs[: theirs.index("--fp8-gemm-backend")]}
+    cases["SGLang's choice of MoE kernels"] = cases["moe bf16 1"] | {
+        "words": theirs[: theirs.index("--fp8-gemm-backend")]
+    }
     deep_gemm = cases["dense fp8-block128 1"]
     asked = [*deep_gemm["words"], "--fp8-gemm-backend", "deep_gemm"]
     cases["DeepGEMM"] = deep_gemm | {"words": asked}
@@ -130,7 +132,9 @@ def judged(request: pytest.FixtureRequest, directory: Path) -> Iterator[tuple[in
     major = request.param
     answers = directory / f"answers-{major}.json"
     command = [str(PYTHON), "-P", str(JUDGE), str(major), str(directory / "cases.json"), str(answers)]
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "SGLANG_USE_CPU_ENGINE")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "SGLANG_USE_CPU_ENGINE")
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     yield major, json.loads(answers.read_text())
@@ -160,7 +164,7 @@ def test_what_a_server_would_hold_is_what_it_is_expected_to(
 def test_sglang_resolves_our_launch_lines_to_what_we_count_on(judged: tuple[int, dict[str, Any]]) -> None:
     _, answers = judged
     for name, answer in answers.items():
-        if name in ("flags", "DeepGEMM", "SGLang's choice of MoE kernels"):
+        if name in ("flags", "memory", "DeepGEMM", "SGLang's choice of MoE kernels"):
             continue
         found = answer["resolved"]
         is_fp8 = "fp8-block128" in name.split()
@@ -203,3 +207,7 @@ def test_every_name_of_a_flag_that_is_ours_is_refused(judged: tuple[int, dict[st
     targets = {flags[f"--{name}"] for name in ours}
     aliases = {option.removeprefix("--") for option, target in flags.items() if target in targets}
     assert aliases - {"no-" + name for name in ours} == ours
+
+
+def test_a_server_releases_all_that_sglang_can_release(judged: tuple[int, dict[str, Any]]) -> None:
+    assert sorted((_WEIGHTS, *_CACHE)) == sorted(judged[1]["memory"])

@@ -48,3 +48,21 @@ def test_the_key_of_a_server_is_shown_nowhere_and_it_listens_on_loopback_only(sg
     found = listening(family)
     assert len(found) >= 2  # HTTP and the store of its ranks.
     assert {place: who for place, who in found.items() if not is_loopback(place.split()[0])} == {}
+
+
+def test_cuda_graphs_take_part_in_the_release_of_memory() -> None:
+    show = "import os, runpy, sys; runpy.run_path(sys.argv.pop(1)); print(os.environ.get('SGLANG_MEMORY_SAVER_CUDA_GRAPH'))"
+    environment = {name: value for name, value in os.environ.items() if name != "SGLANG_MEMORY_SAVER_CUDA_GRAPH"}
+    for flags, expected in ((["--enable-memory-saver"], "1\n"), ([], "None\n")):
+        command = [sys.executable, "-c", show, str(LAUNCHER), str(os.getpid()), "cuda:0", *flags]
+        assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == expected
+
+
+def test_kernels_that_leave_weights_alone_are_the_default_and_the_users_flag_wins() -> None:
+    def value(flag: str, device: str, **flags: str) -> str | None:
+        words = server_flags("model", SGLangEngineSection(flags=flags), "bfloat16", device)
+        return words[words.index(flag) + 1] if flag in words else None
+
+    assert value("--moe-runner-backend", "cuda:0") == value("--fp8-gemm-backend", "cuda:0") == "triton"
+    assert value("--fp8-gemm-backend", "cuda:0", **{"fp8-gemm-backend": "deep_gemm"}) == "deep_gemm"
+    assert value("--moe-runner-backend", "cpu") is None
