@@ -109,15 +109,21 @@ def _launch_problems(config: Config, engine: SGLangEngineSection) -> Iterator[st
             "their own; leave it out"
         )
     for name, value in engine.flags.items():
-        bare = name.removeprefix("--")
-        if key := _OWNED_FLAGS.get(bare):
+        flag = _whole_name(name.removeprefix("--"))
+        if key := _OWNED_FLAGS.get(flag):
             yield f"rollout.engine.flags.{name} is set by {key}; use that"
-        elif bare in _UNUSABLE_FLAGS and str(value) not in map(str, _UNUSABLE_FLAGS[bare][0]):
-            works, why = _UNUSABLE_FLAGS[bare]
+        elif flag in _UNUSABLE_FLAGS and str(value) not in map(str, _UNUSABLE_FLAGS[flag][0]):
+            works, why = _UNUSABLE_FLAGS[flag]
             fix = f"use {' or '.join(map(str, works))}, or leave it out" if works else "leave it out"
             yield f"rollout.engine.flags.{name}={value}: {why}; {fix}"
         elif name.startswith("-"):
             yield f"rollout.engine.flags.{name}: write the flag without its dashes, {name.lstrip('-')}"
+
+
+def _whole_name(flag: str) -> str:
+    """SGLang takes a flag's beginning for the flag: `tp` is tp-size."""
+    ours = (*_OWNED_FLAGS, *_UNUSABLE_FLAGS)
+    return flag if flag in ours else next((whole for whole in ours if flag and whole.startswith(flag)), flag)
 
 
 def _sync_problems(config: Config, engine: SGLangEngineSection) -> Iterator[str]:

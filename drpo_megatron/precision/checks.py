@@ -121,8 +121,9 @@ def _server_problems(config: Config, model: dict[str, Any]) -> Iterator[str]:
     odd = [f"{name}={size} / {ranks} ranks" for name, (size, ranks) in sizes.items() if size % (128 * ranks)]
     if odd:
         yield (
-            f"precision.rollout={rollout} with rollout.engine=sglang and rollout.engine.tensor_parallel={tensor}: SGLang serves whole blocks of 128 only, and {', '.join(odd)} leaves a part of one; "
-            "use a smaller rollout.engine.tensor_parallel, precision.rollout=bf16, or rollout.engine=transformers"
+            f"precision.rollout={rollout} with rollout.engine=sglang and rollout.engine.tensor_parallel={tensor}: SGLang "
+            f"serves whole blocks of 128 only, and {', '.join(odd)} leaves a part of one; use a smaller "
+            "rollout.engine.tensor_parallel, precision.rollout=bf16, or rollout.engine=transformers"
         )
 
 

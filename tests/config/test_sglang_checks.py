@@ -40,6 +40,7 @@ def test_what_fits_passes(directory: Path, fields: dict[str, Any]) -> None:  # n
         ({"api_key_file": "train.jsonl"}, "launched servers get keys of their own"),
         ({"flags": {"tp-size": 2}}, "flags.tp-size is set by rollout.engine.tensor_parallel"),
         ({"flags": {"--log-level": "error"}}, "write the flag without its dashes, log-level"),
+        ({"flags": {"tp": 2}}, "flags.tp is set by rollout.engine.tensor_parallel; use that"),
         ({"flags": {"tensor-parallel-size": 2}}, "flags.tensor-parallel-size is set by rollout.engine.tensor_parallel"),
         (
             {"flags": {"moe-runner-backend": "flashinfer_trtllm"}},

@@ -21,7 +21,7 @@ from drpo_megatron.config import load_config
 from drpo_megatron.config.hf_config import read_hf_config
 from drpo_megatron.config.precision import PrecisionSection
 from drpo_megatron.config.sections import SGLangEngineSection
-from drpo_megatron.config.sglang_checks import _OWNED_FLAGS, _UNUSABLE_FLAGS
+from drpo_megatron.config.sglang_checks import _OWNED_FLAGS, _UNUSABLE_FLAGS, _whole_name
 from drpo_megatron.conversion.fp8 import server_flags as fp8_flags
 from drpo_megatron.models import get_family
 from drpo_megatron.precision.rollout import RolloutPrecision
@@ -207,6 +207,10 @@ def test_every_name_of_a_flag_that_is_ours_is_refused(judged: tuple[int, dict[st
     targets = {flags[f"--{name}"] for name in ours}
     aliases = {option.removeprefix("--") for option, target in flags.items() if target in targets}
     assert aliases == ours
+    # A beginning of one of these names is refused, too: it must not be another flag.
+    assert not [
+        name for name in flags if name.removeprefix("--") not in ours and _whole_name(name.removeprefix("--")) in ours
+    ]
 
 
 def test_a_server_releases_all_that_sglang_can_release(judged: tuple[int, dict[str, Any]]) -> None:
