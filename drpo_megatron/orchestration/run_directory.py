@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -249,12 +250,15 @@ class RunDirectory:
             self._remove_remains()
             temporary = scratch_name(final)
             temporary.mkdir()
-            yield temporary
-            self._write_record(temporary, progress, config)
-            flush_tree(temporary)
-            if self._lock is not None:
-                self._lock.check()
-            put_in_place(temporary, final)
+            try:
+                yield temporary
+                self._write_record(temporary, progress, config)
+                flush_tree(temporary)
+                if self._lock is not None:
+                    self._lock.check()
+                put_in_place(temporary, final)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)  # Half of one keeps a full disk full.
             for old in self._checkpoints()[: -config.checkpoint.keep]:
                 remove_directory(old)
 

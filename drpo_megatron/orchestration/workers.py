@@ -277,12 +277,14 @@ class ActorGroup:
 
 class EngineGroup(ActorGroup):
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]:
-        """Completions in the order of the requests. Every engine gets each n-th: equal shares of every prompt."""
-        n = len(self)
-        completions: list[Any] = [None] * len(requests)
-        for i, part in enumerate(self.each("generate", [(requests[i::n], params) for i in range(n)])):
-            completions[i::n] = part
-        return completions
+        """Completions in the order of the requests. Every engine gets each n-th: equal shares of every prompt.
+
+        May take longer than `Supervisor.silence_s`, for each completion is a sign of life.
+        """
+        completions: dict[int, Completion] = {}
+        self.stream(requests, params, completions.update)
+        self.supervisor.wait_until(lambda: len(completions) == len(requests))
+        return [completions[index] for index in range(len(requests))]
 
     def stream(
         self,

@@ -210,8 +210,9 @@ def test_a_removal_that_breaks_off_leaves_no_half_of_a_checkpoint(
     run = RunDirectory.create(config)
     save(run, config, 2)
 
-    def breaks_off(*args: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
+    def breaks_off(directory: Path, ignore_errors: bool = False) -> None:
+        if directory.exists():
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shutil, "rmtree", breaks_off)
