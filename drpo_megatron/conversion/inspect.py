@@ -96,8 +96,13 @@ def _run(directory: Path) -> Facts:
 
 def _model(config: dict[str, Any]) -> Facts:
     model_type = config.get("model_type")
-    known = "" if model_type in FAMILIES else f" (not supported; known are {', '.join(sorted(FAMILIES))})"
-    text = config.get("text_config", config)
+    known = (
+        ""
+        if isinstance(model_type, str) and model_type in FAMILIES
+        else f" (not supported; known are {', '.join(sorted(FAMILIES))})"
+    )
+    found = config.get("text_config")
+    text = found if isinstance(found, dict) else config
     facts = {"family": f"{model_type}{known}", "layers": str(text.get("num_hidden_layers"))}
     experts = text.get("num_experts", text.get("num_local_experts"))
     return facts | ({"experts": f"{experts}, {text.get('num_experts_per_tok')} a token"} if experts else {})

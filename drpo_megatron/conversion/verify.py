@@ -18,6 +18,7 @@ from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 from drpo_megatron.conversion.report import progress_bar
 from drpo_megatron.conversion.source import HFSource
 from drpo_megatron.conversion.workers import run_tasks
+from drpo_megatron.models import get_family
 from drpo_megatron.models.rules import Rule
 
 _NOT_COMPARED = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "quantization_config")
@@ -92,6 +93,7 @@ def config_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> li
 def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
     from transformers import CONFIG_MAPPING
 
+    get_family(config)  # For its errors, which say what is wrong with a config.
     return CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(dict(config))).to_dict()
 
 

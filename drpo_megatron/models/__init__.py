@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from drpo_megatron.models import mixtral, qwen2, qwen3, qwen3_5_moe, qwen3_moe
-from drpo_megatron.models.family import Family, HFConfig, contradictions, typed_config
+from drpo_megatron.models.family import Family, HFConfig, bad_sizes, contradictions, typed_config
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -28,11 +28,14 @@ def get_family(hf_config: HFConfig) -> Family:
     """
     is_dict = isinstance(hf_config, Mapping)
     model_type = hf_config.get("model_type") if is_dict else getattr(hf_config, "model_type", None)
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type!r} is not known; the known ones are {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[model_type]
+    typed = typed_config(hf_config)
+    if impossible := bad_sizes(typed):
+        raise ValueError(f"{model_type} of impossible sizes: {'; '.join(impossible)}")
     problems = contradictions(hf_config) if is_dict else []
-    if problems := problems + family.unsupported(typed_config(hf_config)):
+    if problems := problems + family.unsupported(typed):
         raise ValueError(f"{model_type} with settings that are not supported: {'; '.join(problems)}")
     return family
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -64,14 +65,69 @@ class Family:
 
 
 def typed_config(hf_config: HFConfig) -> HFConfig:
-    """A transformers config of the text model with all defaults filled in, of a transformers config or a dict."""
+    """A transformers config of the text model with all defaults filled in, of a transformers config or a dict.
+
+    Raises: ValueError, in one line, for a dict that transformers can't make one of.
+    """
     if isinstance(hf_config, Mapping):
         from transformers import CONFIG_MAPPING  # Slow to import, and most callers hold a typed config already.
 
-        hf_config = CONFIG_MAPPING[hf_config["model_type"]].from_dict(
-            deepcopy(dict(hf_config))
-        )  # It writes into its argument.
+        kind = CONFIG_MAPPING[hf_config["model_type"]]
+        try:
+            hf_config = kind.from_dict(deepcopy(dict(hf_config)))  # It writes into its argument.
+        except Exception as error:  # Whatever a foreign file makes of foreign code: it is the file that is wrong.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"config.json is none of a {kind.model_type}, says transformers: {reason}") from error
     return hf_config.get_text_config()
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "decoder_sparse_step",
+    "max_position_embeddings",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+)
+_MULTIPLES = (
+    ("num_attention_heads", "num_key_value_heads"),
+    ("linear_num_value_heads", "linear_num_key_heads"),
+)
+
+
+def bad_sizes(config: HFConfig) -> list[str]:
+    """What no model can be of: sizes that aren't positive integers, or don't fit together."""
+    sizes = {key: getattr(config, key, None) for key in _SIZES}
+    sizes = {key: value for key, value in sizes.items() if value is not None}
+    problems = [
+        f"{key}={value!r} is no positive integer" for key, value in sizes.items() if type(value) is not int or value < 1
+    ]
+    rope = config.rope_parameters.get("rope_theta") if isinstance(config.rope_parameters, Mapping) else None
+    for key, number in {"rms_norm_eps": config.rms_norm_eps, "rope_theta": rope}.items():
+        if type(number) not in (int, float) or not 0 < number < math.inf:
+            problems.append(f"{key}={number!r} is no positive number")
+    if problems:
+        return problems
+    for whole, part in _MULTIPLES:
+        if whole in sizes and part in sizes and sizes[whole] % sizes[part]:
+            problems.append(f"{whole}={sizes[whole]} is no multiple of {part}={sizes[part]}")
+    experts = sizes.get("num_experts", sizes.get("num_local_experts"))
+    if (chosen := sizes.get("num_experts_per_tok", 0)) > (experts or 0):
+        problems.append(f"num_experts_per_tok={chosen} of {experts} experts")
+    return problems
 
 
 def contradictions(config: Mapping[str, Any]) -> list[str]:

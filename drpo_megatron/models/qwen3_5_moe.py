@@ -55,13 +55,18 @@ def unsupported(config: HFConfig) -> list[str]:
     )
     if (gate := getattr(config, "output_gate_type", None)) not in (None, "swish", "silu"):
         problems.append(f"output_gate_type={gate!r}: only swish, which is all that transformers knows")
-    if interval and [int(is_linear_layer(config, i)) for i in range(config.num_hidden_layers)] != [
-        int((i + 1) % interval != 0) for i in range(config.num_hidden_layers)
-    ]:
+    if interval is not None and not _agrees(interval, config):
         problems.append(
-            f"full_attention_interval={interval} contradicts layer_types: SGLang reads the first, transformers the second"
+            f"full_attention_interval={interval!r} contradicts layer_types: SGLang reads the first, transformers the second"
         )
     return problems
+
+
+def _agrees(interval: Any, config: HFConfig) -> bool:
+    """Whether every `interval`-th layer, and no other, is attention."""
+    if type(interval) is not int or interval < 1:
+        return False
+    return all(is_linear_layer(config, i) == ((i + 1) % interval != 0) for i in range(config.num_hidden_layers))
 
 
 def rules_of_names(config: HFConfig, names: Collection[str]) -> list[Rule]:

@@ -283,3 +283,38 @@ def test_what_readers_take_differently_is_refused(name: str, changes: dict[str, 
     get_family(FAMILIES[name])
     with pytest.raises(ValueError, match=message):
         get_family(FAMILIES[name] | changes)
+
+
+ODD = ("x", 0, -1, None, [1], {"a": 1}, 1.5, True, float("inf"), float("nan"))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_5_moe_text"])
+def test_whatever_a_key_holds_a_config_is_taken_or_refused_in_one_line(name: str) -> None:
+    num_refused = 0
+    for key in (*FAMILIES[name], "rope_scaling", "rope_theta", "full_attention_interval"):
+        for value in ODD:
+            config = deepcopy(FAMILIES[name]) | {key: value}
+            try:
+                family = get_family(config)
+                family.rules(config)
+                family.transformer_config_kwargs(config)
+            except ValueError as error:
+                assert "\n" not in str(error), (key, value)
+                num_refused += 1
+    assert num_refused > 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size=0 is no positive integer"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok=5 of 4 experts"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps=-1e-06 is no positive number"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "rope_theta=-1.0 is no positive number"),
+        ({"vocab_size": "many"}, "config.json is none of a qwen3_moe, says transformers: .*vocab_size"),
+    ],
+)
+def test_impossible_sizes_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_family(FAMILIES["qwen3_moe"] | changes)

@@ -54,7 +54,9 @@ runpy.run_path({str(checkout / 'tools' / 'bootstrap.py')!r}, run_name='__main__'
     environment = os.environ | {"PATH": str(checkout)}  # No other Python is found.
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: Python 3.9.2 ({sys.executable}) is not supported: Python 3.11, 3.12, 3.13 is")
+    assert done.stderr.startswith(
+        f"error: Python 3.9.2 ({sys.executable}) is not supported: Python 3.11, 3.12, 3.13 is"
+    )
     assert done.stdout == "" and not (checkout / ".venv").exists()
 
 
@@ -137,5 +139,11 @@ def test_the_image_is_built_from_files_that_are_here() -> None:
     [call] = [line for line in lines if line[:1] == ["RUN"] and "tools/bootstrap.py" in line]
     asked = subprocess.run([sys.executable, str(BOOTSTRAP), "gpu", "--help"], capture_output=True, text=True)
     assert call[-1] in asked.stdout and call[-2] == "gpu"
-    needed = {"setup.py", "requirements", "drpo_megatron/versions.py", "drpo_megatron/__init__.py", "tools/bootstrap.py"}
+    needed = {
+        "setup.py",
+        "requirements",
+        "drpo_megatron/versions.py",
+        "drpo_megatron/__init__.py",
+        "tools/bootstrap.py",
+    }
     assert needed <= set(copied)  # All that the set-up reads, before the sources.

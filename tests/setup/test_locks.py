@@ -85,7 +85,13 @@ def test_all_that_is_imported_is_declared() -> None:
         for needed in group
     }
     of_sglang = {"sglang", "torchvision", "sgl_kernel"}
-    optional = {"amp_C", "fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda", "liger_kernel", "transformer_engine"}
+    optional = {
+        "amp_C",
+        "fused_layer_norm_cuda",
+        "fused_weight_gradient_mlp_cuda",
+        "liger_kernel",
+        "transformer_engine",
+    }
     apart = of_sglang | optional | {"annotated_types", "pydantic_core"}  # The last two are pydantic's interface.
     owners = importlib.metadata.packages_distributions()
     missing = {}
