@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 SGLANG = ROOT / ".venv-sglang" / "bin" / "python"
 
 
-def accept(directory: Path, *stages: str, device: str = "cpu", folders: tuple[Path, ...] = ()) -> dict[str, Any]:
+def accept(
+    directory: Path, *stages: str, device: str = "cpu", num_devices: int = 2, folders: tuple[Path, ...] = ()
+) -> dict[str, Any]:
     """The report's stages, after the command passed. `folders` come first on every process's path."""
     command = [sys.executable, "-m", "drpo_megatron.cli", "doctor", "--accept", "--stages", ",".join(stages)]
     command += [
@@ -91,17 +93,30 @@ def test_a_layout_that_breaks_fails_by_name_and_the_others_are_run(tmp_path: Pat
     assert second.status == "fail" and "too far from float64 in gradient norm:" in second.found
 
 
-def test_the_code_of_a_gpu_runs_on_a_pretended_one(tmp_path: Path) -> None:
-    """The same stages with `--device gpu`: every tensor says cuda, and what a GPU would refuse is an error."""
+def pretended(directory: Path, *stages: str, num_devices: int) -> dict[str, Any]:
+    """With `--device gpu`: every tensor of a rank says cuda, and what a GPU would refuse is an error."""
     if not (ROOT / "tests" / "pretended_gpu").is_dir():
         pytest.skip("tests/pretended_gpu is not there")
     folder = Path(__file__).parent / "pretended"
-    found = accept(tmp_path, "loss", "layouts", "throughput", device="gpu", folders=(folder,))
+    found = accept(directory, *stages, device="gpu", num_devices=num_devices, folders=(folder,))
+    assert "Pretended H100" in (directory / "gpu-report.md").read_text()
+    return found
+
+
+def test_the_code_of_a_gpu_runs_on_a_pretended_one(tmp_path: Path) -> None:
+    found = pretended(tmp_path, "loss", "layouts", num_devices=1)
+    assert statuses(found["loss"])["tp1, ours: gradients in bfloat16"] == "pass"
+    layouts = statuses(found["layouts"])
+    assert layouts["one rank, fp32, Megatron's layers"] == layouts["one rank, bf16, Megatron's layers"] == "pass"
+    assert layouts["dp2"] == "skipped"
+
+
+@pytest.mark.slow
+def test_the_code_of_two_gpus_runs_on_pretended_ones(tmp_path: Path) -> None:
+    found = pretended(tmp_path, "collectives", "loss", "layouts", "recipes", "throughput", num_devices=2)
     layouts = statuses(found["layouts"])
     for name in ("one rank", "dp2", "tp2", "ep2", "tp2 ep2", "etp2", "pp2", "pp2 vpp2", "cp2"):
         assert layouts[f"{name}, fp32, Megatron's layers"] == layouts[f"{name}, bf16, Megatron's layers"] == "pass"
-    assert statuses(found["loss"])["tp2, ours: gradients in bfloat16"] == "pass"
-    assert "Pretended H100" in (tmp_path / "gpu-report.md").read_text()
 
 
 @pytest.mark.slow

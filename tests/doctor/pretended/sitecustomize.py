@@ -1,4 +1,4 @@
-"""Python imports this at its start where the folder is on PYTHONPATH: stages, and the ranks they start, get a pretended GPU.
+"""Python imports this at its start where the folder is on PYTHONPATH: the ranks of a stage get a pretended GPU each.
 
 tests/pretended_gpu says what that is. Megatron has to be told more once it is imported, which the trainer does late.
 """
@@ -11,7 +11,8 @@ from typing import Any
 
 _LAST = "drpo_megatron.trainer.trainer"
 """Its import ends with the platform known; then the rest of Megatron may come."""
-_STARTED = ("drpo_megatron.doctor.accept.worker", "drpo_megatron.doctor.accept.identity", "spawn_main")
+_STARTED = ("drpo_megatron.doctor.accept.identity", "spawn_main")
+"""Who looks at the devices, and ranks. Not a stage itself: transformers, which is the reference, builds wrong models there."""
 
 
 class _AfterTrainer(MetaPathFinder):
