@@ -11,9 +11,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+REWARD_ARGUMENTS, OBJECTIVE_ARGUMENTS = 3, 2
+"""(response, answer, prompt) and (inputs, options)."""
 _TIMEOUT_S = 120.0
 _CHECK = """\
 import sys
@@ -57,10 +60,17 @@ def load_function(key: str, path: str, num_arguments: int) -> Callable[..., Any]
 
 def check_function(key: str, path: str, num_arguments: int) -> None:
     """`load_function` in a process of its own, since importing may take memory, print, hang or end the process."""
+    if problem := _problem_of(key, path, num_arguments, os.getcwd(), tuple(sys.path)):
+        raise ValueError(problem)
+
+
+@cache
+def _problem_of(key: str, path: str, num_arguments: int, directory: str, places: tuple[str, ...]) -> str | None:
+    """Once for all cells of a study."""
     with tempfile.TemporaryDirectory() as directory:
         answer, errors = Path(directory, "answer"), Path(directory, "errors")
         command = [sys.executable, "-c", _CHECK, key, path, str(num_arguments), str(answer)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)])}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([directory, *filter(None, places)])}
         with errors.open("wb") as file:
             process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
@@ -74,12 +84,10 @@ def check_function(key: str, path: str, num_arguments: int) -> None:
             _kill_group(process)
         text = answer.read_text(encoding="utf-8") if answer.is_file() else ""
         if text == "ok":
-            return
+            return None
         printed = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         last = f" ({printed[-1][:200]})" if printed else ""
-        raise ValueError(
-            text or f"{key} path={path!r}: importing {path.partition(':')[0]} {how}{last}; mend the module"
-        )
+        return text or f"{key} path={path!r}: importing {path.partition(':')[0]} {how}{last}; mend the module"
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

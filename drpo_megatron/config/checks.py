@@ -14,8 +14,9 @@ from drpo_megatron.config.hf_config import HFModelConfig, read_hf_config
 from drpo_megatron.config.objective import DRPOConfig, GSPOConfig, ImportedObjectiveConfig, SAPOConfig
 from drpo_megatron.config.placement_checks import placement_problems
 from drpo_megatron.config.problems import listed
-from drpo_megatron.config.sections import Config, ParallelSection
+from drpo_megatron.config.sections import Config, ImportedReward, ParallelSection
 from drpo_megatron.config.sglang_checks import sglang_problems
+from drpo_megatron.imported import OBJECTIVE_ARGUMENTS, REWARD_ARGUMENTS, check_function
 
 _MEGATRON_FILES = ("metadata.json", ".metadata", "common.pt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -35,6 +36,7 @@ def check_config(config: Config) -> list[str]:
         *_rollout_problems(config),
         *_batch_problems(config),
         *_objective_problems(config),
+        *_reward_problems(config),
         *placement_problems(config),
     ]
     try:
@@ -52,7 +54,7 @@ def check_config(config: Config) -> list[str]:
 
 def check_evaluation(config: Config) -> None:
     """As `check_config`, of what scoring a model reads: held-out problems, the checkpoint, the length of a response."""
-    problems = list(_file_problems({"data.heldout": config.data.heldout}))
+    problems = [*_file_problems({"data.heldout": config.data.heldout}), *_reward_problems(config)]
     try:
         model = read_hf_config(config.model.hf_path)
     except ValueError as error:
@@ -297,6 +299,22 @@ def _objective_problems(config: Config) -> Iterator[str]:
             f"{reason} needs all tokens of a sequence on one rank, and parallel.context={context} splits sequences; "
             "set parallel.context=1, or choose a token-level objective"
         )
+
+
+    if isinstance(config.objective, ImportedObjectiveConfig):
+        yield from _function_problems("objective", config.objective.path, OBJECTIVE_ARGUMENTS)
+
+
+def _reward_problems(config: Config) -> Iterator[str]:
+    if isinstance(config.reward, ImportedReward) and config.rollout.from_dump is None:
+        yield from _function_problems("reward", config.reward.path, REWARD_ARGUMENTS)
+
+
+def _function_problems(key: str, path: str, num_arguments: int) -> Iterator[str]:
+    try:
+        check_function(key, path, num_arguments)
+    except ValueError as error:
+        yield str(error)
 
 
 def _sequence_level(config: Config) -> str | None:

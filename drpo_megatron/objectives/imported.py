@@ -11,17 +11,11 @@ from drpo_megatron.objectives.base import ObjectiveInputs, ObjectiveOutputs
 
 UserFunction = Callable[[ObjectiveInputs, dict[str, Any]], ObjectiveOutputs]
 """(inputs, options) -> outputs."""
-NUM_ARGUMENTS = 2
 
 
 def load_function(path: str) -> UserFunction:
     """The function at `package.module:function`. ValueError says in a line what is wrong with it."""
-    return by_path.load_function("objective", path, NUM_ARGUMENTS)
-
-
-def check_function(path: str) -> None:
-    """The same in a process of its own, without loading anything here."""
-    by_path.check_function("objective", path, NUM_ARGUMENTS)
+    return by_path.load_function("objective", path, by_path.OBJECTIVE_ARGUMENTS)
 
 
 def imported(inputs: ObjectiveInputs, config: ImportedObjectiveConfig, function: UserFunction) -> ObjectiveOutputs:

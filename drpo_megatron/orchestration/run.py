@@ -16,8 +16,6 @@ from typing import Any
 from drpo_megatron.checkpoint.hf import HFCheckpoint
 from drpo_megatron.checkpoint.model_check import require_trainable
 from drpo_megatron.config import Config
-from drpo_megatron.config.objective import ImportedObjectiveConfig
-from drpo_megatron.config.sections import ImportedReward
 from drpo_megatron.data.packing import padded_length
 from drpo_megatron.data.prompts import PromptStream, read_demonstrations, read_prompts
 from drpo_megatron.data.tokenize import check_template, load_tokenizer
@@ -36,7 +34,6 @@ from drpo_megatron.plots import draw_training
 from drpo_megatron.precision.checks import check_precision
 from drpo_megatron.precision.recipes import find_hardware
 from drpo_megatron.rewards.failures import FailureWatch
-from drpo_megatron.rewards.imported import check_function as check_reward_function
 from drpo_megatron.sinks import METRICS_FILE, MetricsLogger, read_metrics
 from drpo_megatron.types import Prompt, Sample
 
@@ -63,7 +60,6 @@ def read_inputs(config: Config) -> Inputs:
     # On a cluster of somebody else's, this machine says nothing about those of the trainer.
     hardware = find_hardware(config.trainer.backend) if config.cluster.ray_address is None else None
     precision_notes = check_precision(config, hf_config, hardware)
-    check_functions(config)
     tokenizer = load_tokenizer(config.model.hf_path)
     check_template(tokenizer, config.data.system_prompt)
     heldout = read_prompts(config.data.heldout, tokenizer, config) if config.data.heldout else []
@@ -115,16 +111,6 @@ def check_micro_batch(config: Config, prompts: Sequence[Prompt], demonstrations:
                 f"{file}: {what} makes a sequence of up to {size} tokens, more than "
                 f"trainer.max_tokens_per_micro_batch={limit}; raise that to at least {size}, or remove long ones"
             )
-
-
-def check_functions(config: Config) -> None:
-    """That what the user wrote can be imported and called. ValueError in one line."""
-    if isinstance(config.reward, ImportedReward) and config.rollout.from_dump is None:
-        check_reward_function(config.reward.path)
-    if isinstance(config.objective, ImportedObjectiveConfig):
-        from drpo_megatron.objectives.imported import check_function
-
-        check_function(config.objective.path)
 
 
 def train(config: Config, inputs: Inputs, run: RunDirectory, say: Say) -> dict[str, Any] | None:

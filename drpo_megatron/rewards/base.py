@@ -19,5 +19,9 @@ class Reward(Protocol):
         ...
 
 
+class WorkerDied(RuntimeError):
+    """The process that computed the reward of one response ended."""
+
+
 class RewardTimeout(Exception):
     """The reward of one response took too long."""

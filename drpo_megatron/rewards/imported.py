@@ -11,17 +11,11 @@ from drpo_megatron.types import Prompt
 
 RewardFunction = Callable[[str, str, Prompt], float]
 """(response, answer, prompt) -> reward."""
-_NUM_ARGUMENTS = 3
 
 
 def load_function(path: str) -> RewardFunction:
     """The function at `package.module:function`. ValueError says in a line what is wrong with it."""
-    return imported.load_function("reward", path, _NUM_ARGUMENTS)
-
-
-def check_function(path: str) -> None:
-    """The same in a process of its own, without loading anything here."""
-    imported.check_function("reward", path, _NUM_ARGUMENTS)
+    return imported.load_function("reward", path, imported.REWARD_ARGUMENTS)
 
 
 def as_number(value: Any) -> float:

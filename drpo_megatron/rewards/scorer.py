@@ -7,10 +7,12 @@ import math
 from collections.abc import Sequence
 
 from drpo_megatron.config.sections import RewardConfig
-from drpo_megatron.rewards.base import RewardTimeout
+from drpo_megatron.rewards.base import RewardTimeout, WorkerDied
 from drpo_megatron.rewards.imported import as_number
 from drpo_megatron.rewards.registry import build
 from drpo_megatron.types import Completion, Prompt
+
+_MAX_LOST = 8
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,8 @@ class RewardScorer:
     def __init__(self, config: RewardConfig) -> None:
         self._reward = build(config)
         self._name = config.path if config.name == "import" else config.name
+        self._num_lost: int | None = 0
+        """Workers that were lost before the first reward came out. None: one did."""
         self.failure: str | None = None
         """The first reward that failed, in words: the function, the error, and the response."""
 
@@ -46,17 +50,32 @@ class RewardScorer:
         except RewardTimeout as error:
             counts["num_timeouts"] += 1
             self._note(f"{error}", prompt, completion)
+            self._lose()
+            return 0.0
+        except WorkerDied as error:
+            counts["num_errors"] += 1
+            self._note(f"{error}", prompt, completion)
+            self._lose()
             return 0.0
         except Exception as error:  # User code and symbolic algebra raise anything; the counts and the driver say so.
             counts["num_errors"] += 1
             self._note(f"{error}", prompt, completion)
             return 0.0
+        self._num_lost = None
         if not math.isfinite(reward):
             raise ValueError(
                 f"reward {self._name}: the reward of a response to prompt {prompt.prompt_id} is {reward}; rewards must be "
                 f"finite numbers (answer {_short(prompt.answer)}, response {_short(completion.text)})"
             )
         return reward
+
+    def _lose(self) -> None:
+        """A worker; each costs its time limit, or a start. Raises ValueError when there was nothing else so far."""
+        if self._num_lost is None:
+            return
+        self._num_lost += 1
+        if self._num_lost >= _MAX_LOST:
+            raise ValueError(f"the first {self._num_lost} rewards each took their worker with them; {self.failure}")
 
     def _note(self, error: str, prompt: Prompt, completion: Completion) -> None:
         if self.failure is not None:

@@ -14,7 +14,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from drpo_megatron.rewards.base import RewardTimeout
+from drpo_megatron.rewards.base import RewardTimeout, WorkerDied
 from drpo_megatron.rewards.imported import as_number, load_function
 from drpo_megatron.types import Prompt
 
@@ -54,7 +54,7 @@ class WorkerReward:
             self._worker = None
             if isinstance(error, TimeoutError):
                 raise RewardTimeout(f"{self._path} took longer than timeout_s={self._timeout_s:g}") from None
-            raise RuntimeError(f"the worker of {self._path} died with exit code {exit_code}") from error
+            raise WorkerDied(f"the worker of {self._path} died with exit code {exit_code}") from error
 
     def close(self) -> None:
         if self._worker is not None:

@@ -185,6 +185,7 @@ def test_a_dense_model_may_have_tensor_parallelism_without_sequence_parallelism(
 def test_sections_that_contradict_each_other_are_refused(
     directory: Path, sections: dict[str, Any], expected: str
 ) -> None:
+    (directory / "mine.py").write_text("def f(inputs, options): ...\n")
     assert expected in the_problem(**sections)
 
 

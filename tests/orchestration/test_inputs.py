@@ -88,7 +88,8 @@ def test_a_dry_run_finds_a_function_that_can_not_be_called(
     monkeypatch.chdir(directory)
     assert main(["train", "run.yaml", "--dry-run", override]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and "Traceback" not in error
+    title, problem = error.splitlines()
+    assert title.endswith("1 problem") and message in problem and "Traceback" not in error
 
 
 def test_a_dry_run_lists_the_answers_that_the_reward_can_not_read(

@@ -12,7 +12,6 @@ import pytest
 
 from drpo_megatron.config.sections import ImportedReward
 from drpo_megatron.imported import check_function
-from drpo_megatron.objectives import imported as objective
 from drpo_megatron.rewards import RewardScorer
 from drpo_megatron.rewards import imported as reward
 from drpo_megatron.rewards.base import RewardTimeout
@@ -48,6 +47,10 @@ def gives(response, answer, prompt):
     if response == "coroutine": return _later()
     return {"bool": True, "int": 2, "numpy": np.float32(0.25), "none": None, "dict": {"score": 1.0},
             "tuple": (1.0, {}), "text": "0.5", "bytes": b"1", "complex": 1j, "list": [1.0]}[response]
+
+def dies(response, answer, prompt):
+    if response == "hang": time.sleep(600)
+    os._exit(7)
 
 def exits(response, answer, prompt):
     if response == "pid": return os.getpid()
@@ -140,12 +143,12 @@ def test_a_module_that_fails_at_import_is_one_line_and_not_the_end_of_the_driver
 
 
 def test_a_check_imports_in_another_process_and_finds_what_loading_finds(modules: Path) -> None:
-    reward.check_function("user_functions:good")
+    check_function("reward", "user_functions:good", 3)
     with pytest.raises(ValueError, match="reward path='user_functions:two': two is called with 3"):
-        reward.check_function("user_functions:two")
-    objective.check_function("user_functions:two")
+        check_function("reward", "user_functions:two", 3)
+    check_function("objective", "user_functions:two", 2)
     with pytest.raises(ValueError, match="objective path='user_functions:good': good is called with 2"):
-        objective.check_function("user_functions:good")
+        check_function("objective", "user_functions:good", 2)
 
 
 def test_only_numbers_are_rewards() -> None:
@@ -169,6 +172,16 @@ def test_sys_exit_in_a_reward_fails_one_response_and_keeps_its_worker() -> None:
             worker("exit", "", PROMPT)
     assert worker("pid", "", PROMPT) == before
     worker.close()
+
+
+@pytest.mark.parametrize(("how", "error"), [("die", "died with exit code 7"), ("hang", "took longer than timeout_s=1")])
+def test_a_reward_that_takes_every_worker_with_it_is_given_up_after_eight(how: str, error: str) -> None:
+    """A rollout of hundreds would wait for as many starts, or time limits, before anybody knew."""
+    scorer = RewardScorer(ImportedReward(path="user_functions:dies", timeout_s=1 if how == "hang" else 60))
+    pairs = [(PROMPT, Completion((1,), (-0.1,), "stop", how, 0))] * 50
+    with pytest.raises(ValueError, match=f"the first 8 rewards each took their worker .* user_functions:dies.*{error}"):
+        scorer.score(pairs)
+    scorer.close()
 
 
 @pytest.mark.parametrize("ends_by", ["close", "time-out"])
