@@ -48,6 +48,11 @@ class PackedDeltaNet(gated_delta_net.GatedDeltaNet):
     g = -exp(A_log) softplus(alpha + dt_bias) and beta = sigmoid(.); q, k and v went through a short causal convolution.
     """
 
+    def _setup_variant_attrs(self) -> None:
+        """Of Megatron-Core 0.19, which refuses to be built without a rule, although `forward` here has its own."""
+        super()._setup_variant_attrs()
+        self.gated_delta_rule = _chunked_rule
+
     def forward(
         self,
         hidden_states: torch.Tensor,

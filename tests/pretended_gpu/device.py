@@ -69,12 +69,20 @@ def _lines() -> tuple[str, str]:
         name = frame[0].f_code.co_filename
         if "/torch/" in name or "/tests/pretended_gpu/" in name or name.startswith("<"):
             continue
-        line = f"{name.split('site-packages/')[-1].replace(_ROOT + '/', '')}:{frame[1]}"
+        line = f"{_short(name)}:{frame[1]}"
         theirs = theirs or line
         if "/drpo_megatron/" in name and "/megatron/core/" not in name:
             ours = line
             break
     return ours, theirs
+
+
+def _short(name: str) -> str:
+    """A file's name from its package on, wherever that is installed."""
+    for package in ("megatron/core/", "transformer_engine/"):
+        if f"/{package}" in name:
+            return package + name.partition(f"/{package}")[2]
+    return name.split("site-packages/")[-1].replace(f"{_ROOT}/", "")
 
 
 class CudaTensor(torch.Tensor):

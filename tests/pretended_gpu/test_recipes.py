@@ -46,6 +46,8 @@ def shrunk(raw: dict[str, Any]) -> Case:
         "trainer": {name: raw["trainer"][name] for name in TAKEN if name in raw["trainer"]} | {"optimizer": optimizer},
         "precision": {name: value for name, value in raw.get("precision", {}).items() if name != "rollout"},
     }
+    if "train" in sections["precision"]:  # Its short form is the YAML reader's.
+        sections["precision"]["train"] = {"name": sections["precision"]["train"]}
     quantised = (
         {"precision": {"train": {"name": "bf16"}, "emulate": "auto"}} if "train" in sections["precision"] else {}
     )
@@ -65,13 +67,13 @@ def train(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.mark.parametrize("recipe", gpu_recipes())
 def test_a_recipe_takes_its_first_steps(recipe: str, train: Train, reference: Any) -> None:
-    """In BF16, whose roundings differ between layouts: loss and norms agree to a few of them."""
+    """In BF16: hidden states that are rounded otherwise, by 2^-8, move log-probs of 3 to 4 nats by 4 x 2^-8, either way."""
     case = shrunk(gpu_recipes()[recipe])
     ranks, expected = train(case), reference(case)["metrics"]
     for rank in ranks:
         assert rank["marks"] == []
         assert rank["metrics"] == pytest.approx(ranks[0]["metrics"], rel=0, abs=0, nan_ok=True)
-    assert ranks[0]["metrics"]["objective/loss"] == pytest.approx(expected["objective/loss"], abs=BF16)
+    assert ranks[0]["metrics"]["objective/loss"] == pytest.approx(expected["objective/loss"], abs=4 * BF16)
     assert ranks[0]["metrics"]["optim/grad_norm"] == pytest.approx(expected["optim/grad_norm"], rel=8 * BF16)
 
 
