@@ -12,7 +12,7 @@ from tests.pretended_gpu.cases import LAYOUTS, Case, assert_same
 from tests.pretended_gpu.conftest import LOCAL, Train, trainer_of
 
 KL = {"objective": {"anchor": "recompute", "kl_ref": {"coef": 0.1}}}
-AMPLIFIED = 1e-4
+AMPLIFIED = 3e-4
 """Qwen3.5's norms scale by 1 + weight, and its delta nets sum over states: rounding errors grow, on a CPU's two ranks,
 too."""
 MANY = {"trainer": {"max_tokens_per_micro_batch": 48}}
