@@ -62,7 +62,9 @@ def compare_logits(hf: Path, megatron: Path, prompt: str, dtype: torch.dtype = t
 def _transformers_logits(hf: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """[T, V] FP32."""
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(hf, local_files_only=True, trust_remote_code=False, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        hf, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=dtype
+    )
     with torch.inference_mode():
         logits = model.eval()(input_ids=ids[None]).logits[0].float()
     del model

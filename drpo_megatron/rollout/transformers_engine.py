@@ -40,7 +40,7 @@ class TransformersEngine:
         self.device = torch.device(device)
         self.tokenizer = AutoTokenizer.from_pretrained(hf_path, local_files_only=True, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            hf_path, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+            hf_path, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
         )
         self.model = model.to(self.device).eval()
         self.stop_ids = _stop_ids(self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
