@@ -26,43 +26,19 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     is_main_replica,
 )
-from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from drpo_megatron.checkpoint.checksums import damaged, read_checksums, sums_of, write_checksums
 from drpo_megatron.checkpoint.hf_files import FOLDER, keep_hf_files_of_training
+from drpo_megatron.checkpoint.megatron_load import load_by_fixed_lists
 from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
-from drpo_megatron.checkpoint.torch_dist_reader import FixedReader
-from drpo_megatron.checkpoint.torch_save import load_saved
 from drpo_megatron.files import CannotWrite, explained, flush_tree, require_free_space, write_text
 from drpo_megatron.reading import read_json_object
 
 COUNTERS_FILE = "trainer.json"
 AMAX_FILE = "amax_history-rank{}.safetensors"
 """What emulated delayed scaling remembers; no file where it remembers nothing."""
-
-# torch.py:752 would make one of DCP's own readers, which unpickle whatever a checkpoint holds.
-assert callable(torch_strategy._get_filesystem_reader)
-torch_strategy._get_filesystem_reader = lambda directory, cache_metadata=False: FixedReader(directory)
-_Shards = torch_strategy.TorchDistLoadShardedStrategy
-"""Named, so that no `metadata.json` chooses another one of Megatron's formats."""
-
-
-class _Settings(TorchCommonLoadStrategy):  # type: ignore[misc]
-    """What isn't sharded (common.pt): of the optimizer and the schedule."""
-
-    def __init__(self, *, are_wanted: bool) -> None:
-        self._are_wanted = are_wanted
-
-    def load_common(self, checkpoint_dir: str | Path) -> Any:
-        file = Path(checkpoint_dir, "common.pt")
-        return load_saved(file.read_bytes(), str(file)) if self._are_wanted else {}
-
-    def load_sharded_objects(self, *args: Any) -> Any:
-        raise ValueError("objects of a checkpoint are in its shards")
-
 
 def save_checkpoint(
     directory: Path,
@@ -163,7 +139,7 @@ def load_weights(directory: str | Path, chunks: Sequence[Any]) -> None:
         state = _sharded_model(chunks, _sharding_metadata())
         # The rest (Transformer Engine's FP8 state) stays as it is. A stranger's is pickled, and means nothing here.
         state = dict_list_map_outplace(_kept_unless_tensor, state)
-        loaded = dist_checkpointing.load(state, str(directory), _Shards(), _Settings(are_wanted=False))
+        loaded = load_by_fixed_lists(state, directory, with_settings=False)
         for index, chunk in enumerate(chunks):
             chunk.module.load_state_dict(loaded[_model_key(chunks, index)], strict=True)
 
@@ -176,7 +152,7 @@ def load_checkpoint(directory: Path, chunks: Sequence[Any], optimizer: Any, sche
     TorchDistCheckpoint(directory)
     with _named(directory):
         state = _sharded_state(chunks, optimizer, is_loading=True)
-        loaded = dist_checkpointing.load(state, str(directory), _Shards(), _Settings(are_wanted=True))
+        loaded = load_by_fixed_lists(state, directory, with_settings=True)
         for index, chunk in enumerate(chunks):
             chunk.module.load_state_dict(loaded[_model_key(chunks, index)], strict=True)
         optimizer.load_state_dict(loaded["optimizer"])

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch.distributed.checkpoint import (
@@ -47,7 +47,10 @@ from drpo_megatron.checkpoint.torch_save import ByteRange, tensor_bytes
 from drpo_megatron.reading import read_json_object
 
 Shape = tuple[int, ...]
-FORMAT_FILES = ("metadata.json", METADATA_FILE, "common.pt")
+SETTINGS_FILE = "common.pt"
+FORMAT_FILES = ("metadata.json", METADATA_FILE, SETTINGS_FILE)
+_SETTINGS_KEY = "common_state/"
+"""Begins the key under which Megatron-Core 0.19 keeps what isn't sharded, in place of the file."""
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -144,12 +147,13 @@ class TorchDistCheckpoint:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        if missing := [name for name in FORMAT_FILES if not (self.directory / name).is_file()]:
-            raise ValueError(
-                f"{self.directory} is not a finished Megatron checkpoint (torch_dist): {', '.join(missing)} is missing"
-            )
+        missing = [name for name in FORMAT_FILES if not (self.directory / name).is_file()]
+        if missing and missing != [SETTINGS_FILE]:
+            self._is_unfinished(missing)
         _check_format(self.directory / "metadata.json")
         metadata = read_metadata(self.directory / METADATA_FILE)
+        if missing and not any(key.startswith(_SETTINGS_KEY) for key in metadata.state_dict_metadata):
+            self._is_unfinished(missing)
         self._reader = FixedReader(self.directory, metadata)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self.tensors: dict[str, TensorStorageMetadata] = {
@@ -163,6 +167,11 @@ class TorchDistCheckpoint:
             for chunk in tensor.chunks
         }
         self._check_files(metadata)
+
+    def _is_unfinished(self, missing: list[str]) -> NoReturn:
+        raise ValueError(
+            f"{self.directory} is not a finished Megatron checkpoint (torch_dist): {', '.join(missing)} is missing"
+        )
 
     def shape(self, key: str) -> Shape:
         return tuple(self.tensors[key].size)
