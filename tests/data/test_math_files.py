@@ -177,4 +177,8 @@ def test_answers_are_read_as_the_reward_reads_them(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", rows)
     code, text, error = run("prepare_dapo_math.py", tmp_path / "rows.jsonl", tmp_path / "out.jsonl")
     assert code == 0, error
-    assert "1 unusable" in text and [line["answer"] for line in lines(tmp_path / "out.jsonl")] == ["\\$5", "1e-5", "3 1/2"]
+    assert "1 unusable" in text and [line["answer"] for line in lines(tmp_path / "out.jsonl")] == [
+        "\\$5",
+        "1e-5",
+        "3 1/2",
+    ]

@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 
 from drpo_megatron.orchestration.actors import ProcessActor
+from drpo_megatron.orchestration.cluster import _start_ray
 from drpo_megatron.orchestration.workers import Process, ProcessFailure, Supervisor
 
 SILENCE_S = 4.0
@@ -39,7 +39,7 @@ class Worker(ProcessActor):
 
 @pytest.fixture(scope="module")
 def own_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    _start_ray(8, None)
     yield
     ray.shutdown()
 
@@ -111,16 +111,16 @@ def test_work_that_takes_longer_than_the_limit_goes_on_while_answers_come(two: S
 def test_the_end_of_rays_own_process_is_blamed_on_no_process_of_the_run(part: str, tmp_path: Path) -> None:
     """Each ends a Ray of its own. Left alone, Ray would end the driver a minute after its GCS, without a word."""
     ray.shutdown()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    _start_ray(2, None)
     try:
         actor = ray.remote(Worker).options(num_cpus=0).remote(os.getcwd())
         process = Process("trainer rank 0", actor, tmp_path / "trainer-rank0.log", ray.get(actor.place.remote()))
         call = (process, actor.works_on.remote(600))
-        [ended] = [child for child in psutil.Process().children(recursive=True) if child.name() == part]
-        ended.kill()
+        [ended] = ray._private.worker._global_node.all_processes[part]
+        os.kill(ended.process.pid, signal.SIGKILL)
         with pytest.raises(ProcessFailure) as caught:
             Supervisor([process]).wait([call])
     finally:
         ray.shutdown()
-    assert str(caught.value).startswith(f"Ray's {part} (pid {ended.pid}) ended: killed from outside")
+    assert str(caught.value).startswith(f"Ray's {part} (pid {ended.process.pid}) ended: killed from outside")
     assert "trainer rank" not in str(caught.value)

@@ -198,7 +198,10 @@ def test_the_buffer_comes_back_from_json() -> None:
     [
         (lambda g: g["completions"][0]["logprobs"].__setitem__(1, float("nan")), "log mu 1 of completion 0 is nan"),
         (lambda g: g["completions"][1]["logprobs"].__setitem__(0, float("-inf")), "log mu 0 of completion 1 is -inf"),
-        (lambda g: g["completions"][0]["logprobs"].__setitem__(0, 0.7), "log mu 0 of completion 0 is 0.7; the log of a"),
+        (
+            lambda g: g["completions"][0]["logprobs"].__setitem__(0, 0.7),
+            "log mu 0 of completion 0 is 0.7; the log of a",
+        ),
         (lambda g: g["completions"][0]["logprobs"].__setitem__(0, "-1"), "log mu 0 of completion 0 is '-1'"),
         (lambda g: g["completions"][0]["token_ids"].__setitem__(0, -1), "token 0 of completion 0 is -1; ids are whole"),
         (lambda g: g["completions"][0]["token_ids"].__setitem__(1, 1.5), "token 1 of completion 0 is 1.5"),
