@@ -110,8 +110,8 @@ _MULTIPLES = (
 
 def bad_sizes(config: HFConfig) -> list[str]:
     """What no model can be of: sizes that aren't positive integers, or don't fit together."""
-    sizes = {key: getattr(config, key, None) for key in _SIZES}
-    sizes = {key: value for key, value in sizes.items() if value is not None}
+    found = {key: getattr(config, key, None) for key in _SIZES}
+    sizes: dict[str, Any] = {key: value for key, value in found.items() if value is not None}
     problems = [
         f"{key}={value!r} is no positive integer" for key, value in sizes.items() if type(value) is not int or value < 1
     ]
