@@ -354,7 +354,7 @@ def _without_quantising(module: Any) -> Any:
             parts = list(flat.split(splits.tolist() if hasattr(splits, "tolist") else list(splits)))
         for part in parts:
             assert_dim_for_fp8_exec(part)
-        name = type(recipe).__name__
+        name = next(c.__name__ for c in type(recipe).__mro__ if c.__module__.startswith("transformer_engine"))
         QUANTISED.extend((name, type(self).__name__, tuple(part.shape)) for part in parts)
         with te.fp8_autocast(enabled=False):
             result = real(self, rows, *args, **options)

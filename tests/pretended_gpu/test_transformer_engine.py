@@ -65,7 +65,7 @@ def test_a_recipe_quantises_what_it_should_in_shapes_that_its_gemms_take(
     ranks, engine = train(case), TRAIN_RECIPES[recipe].engine
     assert engine is not None
     expected = reference(case)["metrics"]
-    assert ranks[0]["metrics"]["objective/loss"] == pytest.approx(expected["objective/loss"], abs=BF16)
+    assert ranks[0]["metrics"]["objective/loss"] == pytest.approx(expected["objective/loss"], abs=4 * BF16)
     for rank in ranks:
         assert {name for name, *_ in rank["quantised"]} == {engine.recipe}
         modules = {module for _, module, _ in rank["quantised"]}
