@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drpo_megatron.reading import read_json_object
+from drpo_megatron.reading import read_json_object, short
 
 KNOWN_MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text", "mixtral")
 """The families in `drpo_megatron.models`, which this module is too low to import. A test keeps the two equal."""
@@ -21,6 +23,16 @@ _EXPERT_SIZE = {
     "mixtral": "intermediate_size",
 }
 """What a family with experts calls the inner size of one; without an entry a family is dense."""
+
+
+_POSITIVE = (
+    "hidden_size",
+    "vocab_size",
+    "head_dim",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +96,23 @@ def read_hf_config(directory: str | os.PathLike[str]) -> HFModelConfig:
     model_type = fields.get("model_type")
     if model_type not in KNOWN_MODEL_TYPES:
         raise ValueError(
-            f"{file}: model_type={model_type!r} is not supported; the supported ones are {', '.join(KNOWN_MODEL_TYPES)}"
+            f"{file}: model_type={short(repr(model_type))} is not supported; the supported ones are "
+            f"{', '.join(KNOWN_MODEL_TYPES)}"
         )
 
     quantization = fields.get("quantization_config") or {}
     fields = fields.get("text_config", fields)  # Of a model that also sees, the part that reads and writes.
+    for name, value in (("quantization_config", quantization), ("text_config", fields)):
+        if not isinstance(value, dict):
+            raise ValueError(f"{file}: {name} is {short(repr(value))}, not an object; copy the file again")
+    if problems := list(_odd_values(fields)):
+        raise ValueError(f"{file}: {'; '.join(problems)}; copy the file again")
 
     def number(*names: str) -> int:
         name = next((name for name in names if name in fields), names[0])
         value = fields.get(name)
         if type(value) is not int or value < 1:
-            found = f"is {value!r}" if name in fields else "is missing"
+            found = f"is {short(repr(value))}" if name in fields else "is missing"
             raise ValueError(f"{file}: {name} {found}; it must be a positive integer")
         return value
 
@@ -115,6 +133,41 @@ def read_hf_config(directory: str | os.PathLike[str]) -> HFModelConfig:
         linear_key_head_dim=number("linear_key_head_dim") if is_hybrid else None,
         quantization=str(quantization.get("quant_method")) if quantization else None,
     )
+
+
+def _odd_values(fields: dict[str, Any]) -> Iterator[str]:
+    """What no model can have, among the values that nothing here needs: transformers would find out one by one."""
+    for name in _POSITIVE:
+        value = fields.get(name)
+        if value is not None and (type(value) is not int or not 0 < value < 2**31):
+            yield f"{name} is {short(repr(value))}, not a positive integer"
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        yield f"rope_parameters is {short(repr(rope))}, not an object"
+        rope = {}
+    for name, value in (
+        ("rope_theta", fields.get("rope_theta")),
+        ("rms_norm_eps", fields.get("rms_norm_eps")),
+        ("rope_parameters.rope_theta", rope.get("rope_theta")),
+    ):
+        if value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
+            yield f"{name} is {short(repr(value))}, not a positive number"
+    heads, kv_heads = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
+    if type(heads) is int and type(kv_heads) is int and kv_heads > 0 and heads % kv_heads:
+        yield f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}"
+    experts = next((fields[name] for name in _NAMES_OF_NUM_EXPERTS if name in fields), None)
+    chosen = fields.get("num_experts_per_tok")
+    if type(experts) is int and chosen is not None and (type(chosen) is not int or not 1 <= chosen <= max(experts, 1)):
+        yield f"num_experts_per_tok={short(repr(chosen))} is not within 1 ... {experts} experts"
+    size, eos = fields.get("vocab_size"), fields.get("eos_token_id")
+    for token in eos if isinstance(eos, list) else [] if eos is None else [eos]:
+        if type(token) is not int or token < 0 or (type(size) is int and token >= size):
+            yield f"eos_token_id={short(repr(token))} is no token of vocab_size={size}"
+    step, dense = fields.get("decoder_sparse_step"), fields.get("mlp_only_layers")
+    if step is not None and (type(step) is not int or step < 1):
+        yield f"decoder_sparse_step is {short(repr(step))}, not a positive integer"
+    if dense is not None and not (isinstance(dense, list) and all(type(layer) is int for layer in dense)):
+        yield f"mlp_only_layers is {short(repr(dense))}, not a list of layers"
 
 
 def _has_dense_layers(fields: dict[str, Any]) -> bool:

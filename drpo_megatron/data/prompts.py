@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from drpo_megatron.config.sections import Config
 from drpo_megatron.data.jsonl import read_jsonl
 from drpo_megatron.data.tokenize import encode_demonstration, encode_prompt
+from drpo_megatron.reading import short
 from drpo_megatron.types import Prompt, Sample
 
 _NUM_NAMED = 10
@@ -34,9 +35,11 @@ def read_prompts(path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBas
     for place, fields in read_jsonl(path):
         question = _text(fields, prompt_field, place)
         answer = _text(fields, answer_field, place)
-        prompt_id = str(fields.get("id", f"{Path(path).stem}-{len(prompts)}"))
+        prompt_id = _id(fields, place, f"{Path(path).stem}-{len(prompts)}")
         if prompt_id in places:
-            raise ValueError(f"{place}: id {prompt_id!r} was used before, at {places[prompt_id]}; ids must be unique")
+            raise ValueError(
+                f"{place}: id {short(prompt_id)!r} was used before, at {places[prompt_id]}; ids must be unique"
+            )
         places[prompt_id] = place
         prompts.append(
             Prompt(
@@ -174,13 +177,20 @@ def _encoded(place: str, tokenizer: PreTrainedTokenizerBase, question: str, conf
 
 def _text(fields: dict[str, Any], name: str, place: str) -> str:
     if name not in fields:
-        raise ValueError(f"{place} has no field {name!r}; it has: {', '.join(fields) or 'none'}")
+        raise ValueError(f"{place} has no field {name!r}; it has: {short(', '.join(fields)) or 'none'}")
     value = fields[name]
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{place}: field {name!r} is {value!r}; it must be text that is not empty")
+    if not isinstance(value, str) or not value.strip() or value in ("nan", "inf", "-inf"):
+        raise ValueError(f"{place}: field {name!r} is {short(repr(value))}; it must be text that is not empty")
     return value
+
+
+def _id(fields: dict[str, Any], place: str, otherwise: str) -> str:
+    value = fields.get("id", otherwise)
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        raise ValueError(f"{place}: id is {short(repr(value))}; give a text or a whole number, or leave it out")
+    return str(value)
 
 
 def _model_context(config: Config) -> int:

@@ -7,9 +7,12 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from drpo_megatron.reading import one_line, read_json_object, short
 
 _TEMPLATE_S = 20.0
 """A template takes a millisecond."""
@@ -19,13 +22,30 @@ def load_tokenizer(hf_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer of a local checkpoint. ValueError if it cannot be read, or has no chat template or no EOS."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(hf_path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"no tokenizer can be read from {hf_path}: {error}") from error
+    except Exception as error:  # What the libraries raise over an odd tokenizer.json: KeyError, TypeError, Exception.
+        raise ValueError(
+            f"no tokenizer can be read from {hf_path}: {type(error).__name__}: {one_line(error)}"
+        ) from error
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer in {hf_path} has no chat template; add chat_template.jinja to the checkpoint")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {hf_path} has no EOS token; set eos_token in tokenizer_config.json")
+    _check_vocabulary(tokenizer, Path(hf_path) / "config.json")
     return tokenizer
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config_file: Path) -> None:
+    """Every token has its row in the embedding."""
+    fields = read_json_object(config_file)
+    text_config = fields.get("text_config")
+    size = (text_config if isinstance(text_config, dict) else fields).get("vocab_size")
+    vocabulary = tokenizer.get_vocab()
+    token = max(vocabulary, key=lambda name: vocabulary[name], default=None)
+    if isinstance(size, int) and token is not None and vocabulary[token] >= size:
+        raise ValueError(
+            f"the tokenizer in {config_file.parent} has the token {short(token)!r} with id {vocabulary[token]}, and "
+            f"{config_file} says vocab_size={size}; they are of different models: copy both again"
+        )
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> None:
