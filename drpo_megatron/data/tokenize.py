@@ -30,7 +30,8 @@ def load_tokenizer(hf_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         raise ValueError(f"the tokenizer in {hf_path} has no chat template; add chat_template.jinja to the checkpoint")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {hf_path} has no EOS token; set eos_token in tokenizer_config.json")
-    _check_vocabulary(tokenizer, Path(hf_path) / "config.json")
+    if (config_file := Path(hf_path) / "config.json").is_file():
+        _check_vocabulary(tokenizer, config_file)
     return tokenizer
 
 
