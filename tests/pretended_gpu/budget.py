@@ -17,6 +17,7 @@ MEGATRONS = {
     "megatron/core/pipeline_parallel/p2p_communication.py",
     "megatron/core/optimizer/clip_grads.py",  # The norm, once an optimizer.
     "megatron/core/optimizer/optimizer.py",
+    "transformer_engine/pytorch/utils.py",  # An empty tensor, made once in a process.
     # The torch rule of gated delta nets: with flash-linear-attention a kernel's.
     "megatron/core/ssm/gated_delta_net.py",
     "megatron/core/ssm/gated_delta_net/common.py",
