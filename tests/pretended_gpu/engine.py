@@ -255,6 +255,9 @@ def after_megatron() -> None:
 
     te.DotProductAttention.forward = _bound(te.DotProductAttention.forward, _attention)
     rope.fused_apply_rotary_pos_emb_thd = functools.partial(_rope, rope._apply_rotary_pos_emb_thd)
+    # Recomputation under a recipe is Transformer Engine's: it keeps the generator of a device by its number.
+    te.distributed._get_cuda_rng_state = lambda *args, **options: torch.get_rng_state()
+    te.distributed._set_cuda_rng_state = lambda state, *args, **options: torch.set_rng_state(state)
     _without_permute_fusion()
     _plain_tensors()
     for module in (te.Linear, te.LayerNormLinear, te.GroupedLinear):
