@@ -20,17 +20,10 @@ def accept(
 ) -> dict[str, Any]:
     """The report's stages, after the command passed. `folders` come first on every process's path."""
     command = [sys.executable, "-m", "drpo_megatron.cli", "doctor", "--accept", "--stages", ",".join(stages)]
-    command += [
-        "--device",
-        "cpu",
-        "--sglang-python",
-        str(SGLANG),
-        "--run-dir",
-        str(directory / "runs"),
-        "--patience",
-        "4",
-    ]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command += ["--device", device, "--size", "tiny", "--num-devices", str(num_devices), "--sglang-python", str(SGLANG)]
+    command += ["--run-dir", str(directory / "runs"), "--patience", "4"]
+    paths = [*map(str, folders), str(ROOT), *sys.path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, Any] = json.loads((directory / "gpu-report.json").read_text())["stages"]
