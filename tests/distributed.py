@@ -37,6 +37,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.gloo import share_device
+
 _MAX_BYTES = 3 * 2**30
 """A rank that holds more is not kept."""
 
@@ -151,6 +153,7 @@ def _end_idle() -> None:
 def _rank_main(connection: Connection) -> None:
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    share_device()
     for job in _jobs(connection):
         before = _surroundings()
         _do(*job)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +33,20 @@ def _never_returns(rank: int, world_size: int) -> None:
 def test_ranks_share_one_process_group_and_their_values_come_back_in_order() -> None:
     values = run_ranks(2, _all_reduced, 10.0)
     assert [(rank, total.item(), threads) for rank, total, threads in values] == [(0, 30.0, 1), (1, 30.0, 1)]
+
+
+def _loops(rank: int, world_size: int) -> list[int]:
+    """Threads that wait on sockets, and the sum over every one of the groups."""
+    groups = [dist.new_group(range(world_size)) for _ in range(5)]
+    sums = [torch.ones(1) for _ in groups]
+    for group, total in zip(groups, sums, strict=True):
+        dist.all_reduce(total, group=group)
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [threads.count("gloo_tcp_loop"), *(int(total) for total in sums)]
+
+
+def test_all_groups_of_a_rank_share_one_loop() -> None:
+    assert run_ranks(2, _loops) == [[1, 2, 2, 2, 2, 2]] * 2
 
 
 def test_failure_names_the_rank_that_failed_first() -> None:

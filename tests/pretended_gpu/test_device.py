@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+from drpo_megatron.models import FAMILIES
 from drpo_megatron.precision.recipes import TRAIN_RECIPES, Engine
+from tests.pretended_gpu import test_local, test_transformer_engine
+from tests.pretended_gpu.cases import LAYOUTS, makers
 from tests.pretended_gpu.conftest import LOCAL
 from tests.pretended_gpu.worker import Environment, Ranks
 
@@ -136,6 +139,14 @@ def test_every_field_of_a_recipes_engine_is_read() -> None:
                 read |= {node.attr} if owner == "engine" else set()
     assert {field.name for field in fields(Engine)} - read == set()
     assert any(recipe.engine for recipe in TRAIN_RECIPES.values())
+
+
+def test_every_family_and_layout_has_a_case_with_an_engine_and_every_layout_one_without() -> None:
+    """Qwen3.5 with pictures holds the text model that has one."""
+    trained = {makers()[case.family]().model_type for case in test_transformer_engine.CASES.values()}
+    assert FAMILIES.keys() - trained == {"qwen3_5_moe"}
+    for module in (test_transformer_engine, test_local):
+        assert LAYOUTS.keys() <= {case.layout for case in module.CASES.values()}
 
 
 def test_a_repair_for_the_cpu_is_of_what_only_the_cpu_lacks() -> None:

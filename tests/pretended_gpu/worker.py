@@ -137,7 +137,10 @@ def main() -> None:
 def _prepare(environment: Environment) -> None:
     import torch
 
+    from tests.gloo import share_device
+
     torch.set_num_threads(1)
+    share_device()
     sys.modules["torchao"] = None  # type: ignore[assignment]  # transformers would load it, with its CUDA libraries.
     if not environment.engine:
         sys.modules["transformer_engine"] = None  # type: ignore[assignment]

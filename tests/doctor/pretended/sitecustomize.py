@@ -41,8 +41,10 @@ class _AfterTrainer(MetaPathFinder):
 def _pretend() -> None:
     sys.modules["torchao"] = None  # type: ignore[assignment]  # transformers would load it, with its CUDA libraries.
     sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+    from tests.gloo import share_device
     from tests.pretended_gpu import cuda
 
+    share_device()
     cuda.pretend()
     import torch
 
