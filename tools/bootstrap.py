@@ -262,13 +262,20 @@ def unit():
 def test():
     lint()
     sglang_cpu()
+    fetch_for_pretended_gpu()
     pytest("-m", "not slow")
 
 
 def test_all():
     lint()
     sglang_cpu()
+    fetch_for_pretended_gpu("--oldest")
     pytest()
+
+
+def fetch_for_pretended_gpu(*arguments):
+    """53 MB, once, into the user's cache. Where there is no network its tests are skipped, and say so."""
+    subprocess.run([_python_of(TRAINER), "-m", "tests.pretended_gpu.fetch"] + list(arguments))
 
 
 def gpu_check():
