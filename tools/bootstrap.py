@@ -279,7 +279,7 @@ def fetch_for_pretended_gpu(*arguments):
 
 
 def gpu_check():
-    in_trainer("-m", "drpo_megatron.cli", "doctor", "--accept")
+    in_trainer("-m", "drpo_megatron.cli", "doctor", "--accept", "--device", "gpu")
 
 
 def locks():
