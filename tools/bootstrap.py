@@ -151,16 +151,17 @@ IN_PLACE = ["--no-deps", "--no-build-isolation", "--editable", "."]  # An edit n
 def make_environment(directory, lock, steps):
     """Have `directory` be an environment of this Python in which every step of pip's has been done.
 
-    Whatever it depends on is in its stamp; when that changes pip looks at all of it again. One that was made by another
-    Python, or whose Python is gone (the checkout or the Python was moved), is made anew.
+    Whatever it depends on is in its stamp; when that changes pip looks at all of it again. One that another supported
+    Python made is kept with that Python. One whose Python is gone (the checkout or the Python was moved), or isn't
+    supported, is made anew.
     """
     if _is_made(directory, lock):
         return
     python = _python_of(directory)
-    if os.path.isdir(directory) and _version_of(directory) != sys.version_info[:2]:
+    if os.path.isdir(directory) and _version_of(directory) not in _takes(lock):
         if not os.path.exists(os.path.join(directory, "pyvenv.cfg")):
             raise SetupError("%s exists and is no environment of Python's; move it away" % os.path.abspath(directory))
-        print("%s is of another Python; it is made anew" % directory)
+        print("the Python of %s is gone, or not one that %s is for; it is made anew" % (directory, lock))
         shutil.rmtree(directory)
     _check_room(lock)
     if not os.path.exists(python):
@@ -184,7 +185,7 @@ def make_environment(directory, lock, steps):
 def _is_made(directory, lock):
     try:
         with open(os.path.join(directory, STAMP)) as stamp:
-            return stamp.read() == _stamp(lock) and _version_of(directory) == sys.version_info[:2]
+            return stamp.read() == _stamp(lock) and _version_of(directory) in _takes(lock)
     except OSError:
         return False
 
@@ -194,7 +195,11 @@ def _stamp(lock):
     for path in (os.path.join("requirements", lock), VERSIONS, "setup.py"):
         with open(path, "rb") as file:
             digest.update(file.read())
-    return "%s %d.%d %s\n" % ((lock,) + sys.version_info[:2] + (digest.hexdigest(),))
+    return "%s %s\n" % (lock, digest.hexdigest())
+
+
+def _takes(lock):
+    return ((3, 12),) if "py312" in lock else SUPPORTED
 
 
 def _python_of(directory):

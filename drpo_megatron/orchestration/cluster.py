@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import signal
 import sys
 import time
@@ -199,6 +200,13 @@ def _start(config: Config, numbers: Numbers, logs: Path, say: Callable[[str], No
     return workers
 
 
+def _python() -> dict[str, str]:
+    """Ray hands a worker's Python to a shell as it stands (runtime_env/context.py:48 of 2.60): a path with a space in it
+    needs quoting. Any other is left to Ray, which takes that of the node."""
+    quoted = shlex.quote(sys.executable)
+    return {"py_executable": quoted} if quoted != sys.executable else {}
+
+
 def launch(config: Config, numbers: Numbers, logs: Path) -> Workers:
     """All processes of the run in their places, none of them started.
 
@@ -216,7 +224,7 @@ def launch(config: Config, numbers: Numbers, logs: Path) -> Workers:
             num_gpus=spot.num_gpus,
             max_restarts=0,
             max_concurrency=num_threads,
-            runtime_env={"env_vars": environment},
+            runtime_env={"env_vars": environment, **_python()},
             scheduling_strategy=spot.strategy,
         )
         process = Process(name, actor.remote(os.getcwd()), (logs / f"{log}.log").absolute())
