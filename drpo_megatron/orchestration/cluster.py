@@ -14,10 +14,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._raylet import AuthenticationTokenLoader
 from ray._raylet import Config as RayConfig
@@ -142,7 +143,8 @@ def _let_in_who_has_the_token(directory: Path) -> None:
 def _start_ray(num_cpus: int, temporary: str) -> None:
     """A Ray of our own, which listens on the loopback interface alone.
 
-    It allows itself 30 s to start (ray/_private/node.py:428), too few for a machine that is busy.
+    It allows itself 30 s to start (ray/_private/node.py:428), too few for a machine that is busy. What a start that
+    failed leaves running is ended before the next, which would only find the machine busier.
     """
     # ray/_private/services.py:801,815 would turn 127.0.0.1 into an address that others reach, unless Ray has no clusters.
     ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
@@ -159,6 +161,11 @@ def _start_ray(num_cpus: int, temporary: str) -> None:
             )
             return
         except Exception as error:
+            ray.shutdown()
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    if any(temporary in part for part in process.cmdline()):
+                        process.kill()
             if "timed out during startup" not in str(error) or attempt == _RAY_ATTEMPTS:
                 raise
 
