@@ -151,6 +151,7 @@ _WRITES = re.compile(
 )
 _OTHERS = {
     "checkpoint/": "into the directory that new_directory, or the run directory's checkpoint, flushes and renames",
+    "commands/unforeseen.py": "a traceback, beside whatever went wrong",
     "conversion/": "likewise",
     "data/quickstart.py": "into the directory that is flushed and renamed at its end",
     "doctor/": "tries what a disk can do; reports of an acceptance check",

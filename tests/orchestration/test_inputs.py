@@ -114,7 +114,7 @@ def test_a_dry_run_lists_the_answers_that_the_reward_can_not_read(
             lambda c: c | {"token_ids": (1, VOCAB)},
             f"token 1 of completion 0 is {VOCAB}; ids are .* vocabulary's {VOCAB}",
         ),
-        (lambda c: c | {"logprobs": (-1.0, float("nan"))}, "log mu 1 of completion 0 is nan"),
+        (lambda c: c | {"logprobs": (-1.0, float("nan"))}, "holds NaN, which is no JSON"),
         (lambda c: c | {"logprobs": (0.5, -1.0)}, "log mu 0 of completion 0 is 0.5"),
         (lambda c: c | {"logprobs": (-1.0,)}, "completion 0 has 2 token_ids and 1 logprobs"),
         (lambda c: c | {"token_ids": (1,) * 200, "logprobs": (-1.0,) * 200}, "a sequence has 202 tokens, more than"),
