@@ -166,10 +166,12 @@ def test_a_repair_for_the_cpu_is_of_what_only_the_cpu_lacks() -> None:
 
 def broken_engine(rank: int, num_ranks: int, environment: Environment) -> str:
     import importlib.metadata
+    import sys
 
     from drpo_megatron.trainer import platform
 
     platform.find_transformer_engine.cache_clear()
+    forgotten = {"transformer_engine": sys.modules.pop("transformer_engine")}  # None there: asked not to be found.
     real, importlib.metadata.version = importlib.metadata.version, lambda name: "2.20.2"
     try:
         platform.find_transformer_engine()
@@ -178,6 +180,7 @@ def broken_engine(rank: int, num_ranks: int, environment: Environment) -> str:
         return str(error)
     finally:
         importlib.metadata.version = real
+        sys.modules.update(forgotten)
         platform.find_transformer_engine.cache_clear()
 
 
