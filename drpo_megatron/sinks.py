@@ -127,11 +127,16 @@ def _row(line: str, place: str) -> dict[str, Any]:
     """A step's numbers. A null is a mean of nothing."""
     row = parse_json_object(line, place)
     for name, value in row.items():
-        if type(value) is not int and type(value) is not float and not (value is None and name != "step"):
+        if not _is_number(value) and not (value is None and name != "step"):
             raise ValueError(f"{place}: {short(name)} is {short(repr(value))}, which is no number; remove the line")
     if type(row.get("step")) is not int:
         raise ValueError(f"{place}: step is {short(repr(row.get('step')))}, which is no whole number; remove the line")
     return row
+
+
+def _is_number(value: Any) -> bool:
+    """That a float holds it: 1e999 is read as infinity, and of whole numbers Python has all."""
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _as_json(metrics: dict[str, float]) -> dict[str, float | None]:

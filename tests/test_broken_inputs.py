@@ -244,7 +244,7 @@ def fault(case: Case, code: int, error: str, left: list[str]) -> str | None:
         return "a traceback"
     if left:
         return f"left behind: {left}"
-    if not code:
+    if code != 2:  # Of a file that can be read, 1 is an answer.
         return None
     if error.count("\n") > MAX_LINES or len(error) > MAX_CHARACTERS:
         return "a long answer"

@@ -26,13 +26,16 @@ from drpo_megatron.checkpoint.safetensors_file import (
     write_tensor,
 )
 from drpo_megatron.paths import inside
-from drpo_megatron.reading import read_json_object, read_text
+from drpo_megatron.reading import read_json_object, read_text, short
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 """Of config.json: what transformers 5 and older versions call the weights' type."""
+
+_NUM_NAMED = 8
+"""Problems of a checkpoint that an error lists: one lost file takes hundreds of tensors with it."""
 
 
 def tensor_checksum(tensor: torch.Tensor) -> str:
@@ -110,13 +113,14 @@ class HFCheckpoint:
                 problems.append(str(error))
         for name, file in weight_map.items():
             if file in self.headers and name not in self.headers[file].tensors:
-                problems.append(f"tensor {name} is not in {file}, where {INDEX_FILE} says it is")
+                problems.append(f"tensor {short(name)} is not in {file}, where {INDEX_FILE} says it is")
         if weight_map:
             for file, header in self.headers.items():
                 unlisted = [name for name in header.tensors if weight_map.get(name) != file]
-                problems += [f"tensor {name} is in {file}, but {INDEX_FILE} doesn't say so" for name in unlisted]
+                problems += [f"tensor {short(name)} is in {file}, but {INDEX_FILE} doesn't say so" for name in unlisted]
         if problems:
-            raise ValueError(f"checkpoint {self.directory} is damaged: " + "; ".join(problems))
+            more = f"; and {len(problems) - _NUM_NAMED} more" if len(problems) > _NUM_NAMED else ""
+            raise ValueError(f"checkpoint {self.directory} is damaged: {'; '.join(problems[:_NUM_NAMED])}{more}")
         return {name: file for file, header in self.headers.items() for name in header.tensors}
 
 

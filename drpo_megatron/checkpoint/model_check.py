@@ -32,7 +32,7 @@ def require_fit(stored: StoredTensors, problems: Iterable[str] | None = None) ->
     Raises: ValueError for an unknown family, a setting that it can't do, and tensors that are missing, extra, misshapen,
         packed or without their scales: one line, with the number and a few names of each kind.
     """
-    family = get_family(stored.config)
+    family = get_family(stored.config, f"{stored.checkpoint.directory}/config.json")
     rules = family.rules(stored.config, stored.names)
     found = set(problems if problems is not None else tensor_problems(stored, family, rules))
     if found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from drpo_megatron.commands import BadInput
 from drpo_megatron.commands.arguments import real
+from drpo_megatron.reading import short
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -62,6 +64,13 @@ def add(commands: Any, style: dict[str, Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    try:
+        _follow(args)
+    except (ValueError, OSError) as error:  # Of the files of the run, which name themselves.
+        raise BadInput(error) from error
+
+
+def _follow(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.live import Live
 
@@ -91,6 +100,9 @@ def frame(directory: Path) -> RenderableType:
     rows = [row for row in read_metrics(file) if row["step"] > 0]
     if not rows:
         return f"no step is done yet\nlogs: {directory / 'logs'}"
+    for row in rows:
+        if row.get("time/step_s") is None:
+            raise BadInput(f"{file}: step {short(row['step'])} has no time/step_s; remove the line")
     age = None if _has_ended(directory) else time.time() - file.stat().st_mtime
     head = _head(directory, rows, config.run.num_steps, age)
     return Group(head, _curves(rows), _times(rows[-1]), _memory(rows[-1]))
@@ -139,12 +151,18 @@ def _curves(rows: Sequence[dict[str, Any]]) -> RenderableType:
 def sparkline(values: Sequence[float]) -> str:
     """One block a value, from the lowest to the highest of them."""
     low, span = min(values), max(values) - min(values)
-    return "".join(_BLOCKS[round((value - low) / span * (len(_BLOCKS) - 1)) if span else 0] for value in values)
+    if not 0 < span < math.inf:
+        return _BLOCKS[0] * len(values)
+    return "".join(_BLOCKS[round((value - low) / span * (len(_BLOCKS) - 1))] for value in values)
 
 
 def _times(row: dict[str, Any]) -> RenderableType:
     """Of the last step. Generation may overlap with training."""
-    named = {name[5:-2]: value for name, value in row.items() if name.startswith("time/") and name.endswith("_s")}
+    named = {
+        name[5:-2]: value
+        for name, value in row.items()
+        if name.startswith("time/") and name.endswith("_s") and value is not None
+    }
     step = named.pop("step")
     named = dict(sorted(named.items(), key=lambda item: -item[1]))
     return _bars("seconds of the last step", {name: (value, f"{value:.1f}") for name, value in named.items()}, step)
@@ -152,11 +170,11 @@ def _times(row: dict[str, Any]) -> RenderableType:
 
 def _memory(row: dict[str, Any]) -> RenderableType:
     prefix = "memory/trainer_mb/rank"
-    ranks = {name[len(prefix) :]: value for name, value in row.items() if name.startswith(prefix)}
-    if "memory/trainer_mb/max" not in row:
+    ranks = {name[len(prefix) :]: value for name, value in row.items() if name.startswith(prefix) and value is not None}
+    most, fullest = row.get("memory/trainer_mb/max"), row.get("memory/trainer_mb/fullest_rank")
+    if most is None or fullest is None:
         return ""
-    most = row["memory/trainer_mb/max"]
-    title = f"memory of trainer ranks: at most {most / 1024:.1f} GiB, on rank {row['memory/trainer_mb/fullest_rank']}"
+    title = f"memory of trainer ranks: at most {most / 1024:.1f} GiB, on rank {fullest}"
     shown = sorted(ranks.items(), key=lambda item: -item[1])[:_MAX_RANKS]
     return _bars(title, {f"rank {rank}": (value, f"{value / 1024:.1f}") for rank, value in shown}, most)
 
@@ -175,6 +193,8 @@ def _bars(title: str, values: dict[str, tuple[float, str]], whole: float) -> Ren
 
 
 def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "an unknown time"
     seconds = round(seconds)
     if seconds < 120:
         return f"{seconds} s"

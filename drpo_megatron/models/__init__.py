@@ -20,23 +20,28 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def get_family(hf_config: HFConfig) -> Family:
+def get_family(hf_config: HFConfig, place: str | None = None) -> Family:
     """The family of a transformers config, or of the dict in config.json.
+
+    Args:
+        place: the file that it was read from, for errors.
 
     Raises: ValueError for a `model_type` that is not known (with those that are), and for settings of a known one that
         the family can't do (all of them).
     """
+    named = f"{place}: " if place else ""
     is_dict = isinstance(hf_config, Mapping)
     model_type = hf_config.get("model_type") if is_dict else getattr(hf_config, "model_type", None)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"model_type={model_type!r} is not known; the known ones are {', '.join(sorted(FAMILIES))}")
+        known = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"{named}model_type={model_type!r} is not known; the known ones are {known}")
     family = FAMILIES[model_type]
     typed = typed_config(hf_config)
     if impossible := bad_sizes(typed):
-        raise ValueError(f"{model_type} of impossible sizes: {'; '.join(impossible)}")
+        raise ValueError(f"{named}{model_type} of impossible sizes: {'; '.join(impossible)}")
     problems = contradictions(hf_config) if is_dict else []
     if problems := problems + family.unsupported(typed):
-        raise ValueError(f"{model_type} with settings that are not supported: {'; '.join(problems)}")
+        raise ValueError(f"{named}{model_type} with settings that are not supported: {'; '.join(problems)}")
     return family
 
 

@@ -85,7 +85,7 @@ class Model:
 def read_model(directory: str) -> Model:
     """The model that `directory/config.json` describes; weights need not be there. ValueError if it is not known."""
     hf_config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    family = get_family(hf_config)
+    family = get_family(hf_config, f"{directory}/config.json")
     rules, kwargs = family.rules(hf_config), family.transformer_config_kwargs(hf_config)
     num_layers, head_size = kwargs["num_layers"], kwargs["kv_channels"]
     outside = [rule for rule in rules if not _LAYER.fullmatch(rule.key.name)]

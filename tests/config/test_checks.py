@@ -129,8 +129,9 @@ def test_a_layout_that_does_not_fit_is_refused(directory: Path, parallel: dict[s
 @pytest.mark.parametrize("replay", ["measure", "rollout"])
 def test_routing_needs_experts_and_an_engine_that_reports_them(directory: Path, replay: str) -> None:
     engine = {"name": "sglang", "python": sys.executable, "flags": {"enable-return-routed-experts": False}}
-    forbidden = the_problem(trainer={"routing_replay": replay}, rollout={"engine": engine})
+    forbidden, owned = problems(trainer={"routing_replay": replay}, rollout={"engine": engine})
     assert forbidden.startswith(f"trainer.routing_replay={replay} needs routed experts from the engine")
+    assert owned.startswith("rollout.engine.flags.enable-return-routed-experts is set by ")
     assert check_config(config(trainer={"routing_replay": replay})) == []
     (directory / "model" / "config.json").write_text(json.dumps(DENSE))
     dense = the_problem(trainer={"routing_replay": replay})
@@ -208,7 +209,7 @@ def test_the_micro_batch_limit_counts_the_padding_of_context_parallelism(directo
 def test_a_layout_that_gated_delta_nets_cannot_have_is_refused(
     directory: Path, parallel: dict[str, Any], expected: str
 ) -> None:
-    text = MOE | {"linear_num_key_heads": 3, "shared_expert_intermediate_size": 24}
+    text = MOE | {"linear_num_key_heads": 3, "linear_key_head_dim": 8, "shared_expert_intermediate_size": 24}
     (directory / "model" / "config.json").write_text(json.dumps({"model_type": "qwen3_5_moe", "text_config": text}))
     assert the_problem(parallel={"num_ranks": 2} | parallel).startswith(expected)
 
@@ -330,7 +331,7 @@ def test_the_model_config_is_what_transformers_writes(tmp_path: Path) -> None:
     assert read_hf_config(tmp_path / "dense") == HFModelConfig("qwen3", 4, 4, 2, 256, None, None, 48)
     assert read_hf_config(tmp_path / "mixtral") == HFModelConfig("mixtral", 4, 4, 2, 256, 4, 48, None)
     tiny_qwen3_5_config().save_pretrained(tmp_path / "hybrid")
-    assert read_hf_config(tmp_path / "hybrid") == HFModelConfig("qwen3_5_moe", 4, 4, 2, 256, 4, 24, None, 20, 2)
+    assert read_hf_config(tmp_path / "hybrid") == HFModelConfig("qwen3_5_moe", 4, 4, 2, 256, 4, 24, None, 20, 2, 8)
 
 
 def test_train_checks_before_it_loads_anything_heavy(directory: Path) -> None:
