@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -104,6 +105,26 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "is no run directory: config.yaml is missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("changed", [{"time/train_s": None}, {"memory/trainer_mb/rank0": None}, {"time/step_s": 1e308}])
+def test_numbers_that_are_missing_or_enormous_are_shown_as_such(
+    run: tuple[Path, JsonLines], capsys: pytest.CaptureFixture[str], changed: dict[str, Any]
+) -> None:
+    directory, _ = run
+    rows = [{"step": step} | row(step, **{"objective/weight/min": None}) | changed for step in (1, 2, 3)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(fields) + "\n" for fields in rows))
+    assert "step 3/40" in shown(capsys, directory)
+
+
+@pytest.mark.parametrize("value", ["null", "1e999", "1" + "0" * 400, '"x"', "true"])
+def test_a_damaged_line_is_named(run: tuple[Path, JsonLines], capsys: pytest.CaptureFixture[str], value: str) -> None:
+    directory, _ = run
+    (directory / "metrics.jsonl").write_text(f'{{"step": 1, "time/step_s": {value}}}\n')
+    assert main(["top", str(directory), "--once"]) == 2
+    error = capsys.readouterr().err
+    assert f"{directory / 'metrics.jsonl'}" in error and "time/step_s" in error and error.count("\n") == 1
+
+
 def test_a_sparkline_spans_its_values() -> None:
     assert sparkline([0, 1, 2, 7]) == "▁▂▃█"
     assert sparkline([3.0, 3.0]) == "▁▁"
+    assert sparkline([-1e308, 1e308]) == "▁▁"  # Their difference is no number.
