@@ -24,7 +24,10 @@ CASES = {
     "qwen3.5": Case("qwen3.5", "tp2ep2", tolerance=AMPLIFIED),
     "anchor and kl": Case(layout="cp2", sections=KL),
     "replay": Case(layout="tp2ep2", sections={"trainer": {"routing_replay": "rollout"}}),
-    "emulated": Case(sections={"precision": {"train": {"name": "fp8-blockwise"}, "emulate": True}}, tolerance=2**-4),
+    # A rounding that flips moves single gradients by more than it moves their norms.
+    "emulated": Case(
+        sections={"precision": {"train": {"name": "fp8-blockwise"}, "emulate": True}}, gradients=False, tolerance=2**-4
+    ),
     "many micro-batches": Case(sections=MANY),
 }
 
