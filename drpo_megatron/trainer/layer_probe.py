@@ -86,6 +86,6 @@ def operand_statistics(x: torch.Tensor, rounded: torch.Tensor, *, may_saturate: 
     return {
         "amax": Statistic.max(largest.max().reshape(1) if x.numel() else x.flatten()),
         "underflow_share": Statistic("mean", torch.stack([num_lost, is_something.sum()]).double()),
-        "saturated_share": Statistic("mean", torch.stack([num_saturated, num_lost.new_tensor(x.numel())]).double()),
+        "saturated_share": Statistic("mean", torch.stack([num_saturated, num_lost.new_full((), x.numel())]).double()),
         "sqnr_db": Statistic.decibels(x.square().sum(), (x - rounded).square().sum()),
     }
