@@ -155,6 +155,7 @@ _OTHERS = {
     "conversion/": "likewise",
     "data/quickstart.py": "into the directory that is flushed and renamed at its end",
     "doctor/": "tries what a disk can do; reports of an acceptance check",
+    "imported.py": "the answers of a process that imports what a user names, in a scratch directory",
     "orchestration/cluster.py": "a token, in the temporary directory",
     "orchestration/run_directory.py": "renames a damaged checkpoint",
     "orchestration/run_lock.py": "a lock, which must not be renamed onto another's",
