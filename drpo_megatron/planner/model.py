@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from drpo_megatron.models import get_family
 from drpo_megatron.models.rules import Rule, Vocabulary
+from drpo_megatron.reading import one_line
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -84,8 +85,12 @@ class Model:
 
 def read_model(directory: str) -> Model:
     """The model that `directory/config.json` describes; weights need not be there. ValueError if it is not known."""
-    hf_config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    family = get_family(hf_config, f"{directory}/config.json")
+    file = f"{directory}/config.json"
+    try:
+        hf_config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises errors of its own kinds over values of odd types.
+        raise ValueError(f"{file} can't be read: {type(error).__name__}: {one_line(error)}") from error
+    family = get_family(hf_config, file)
     rules, kwargs = family.rules(hf_config), family.transformer_config_kwargs(hf_config)
     num_layers, head_size = kwargs["num_layers"], kwargs["kv_channels"]
     outside = [rule for rule in rules if not _LAYER.fullmatch(rule.key.name)]
