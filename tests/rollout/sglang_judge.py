@@ -10,6 +10,7 @@ them what it does after loading, and its weight checker names their checksums, w
 
 from __future__ import annotations
 
+import gc
 import importlib.abc
 import importlib.machinery
 import json
@@ -217,6 +218,7 @@ def judge(case: dict[str, Any]) -> dict[str, Any]:
     except BaseException as error:  # What SGLang dies of is the answer.
         answer["error"] = f"{type(error).__name__}: {error}"
         answer["traceback"] = traceback.format_exc()[-4000:]
+    gc.collect()  # A model holds itself; some twenty of them took 19 GB.
     return answer
 
 
