@@ -76,6 +76,37 @@ runpy.run_path({str(checkout / 'tools' / 'bootstrap.py')!r}, run_name='__main__'
     )
 
 
+def test_a_python_without_venv_is_named_with_the_package_that_has_it(checkout: Path) -> None:
+    """As Debian's and Ubuntu's: it runs, and can't import what makes environments."""
+    bare = checkout / "bare-python"
+    bare.write_text("#!/bin/sh\nexit 1\n")
+    bare.chmod(0o755)
+    program = f"import sys, runpy; sys.executable = {str(bare)!r}; sys.argv = ['bootstrap.py', 'setup']; \
+runpy.run_path({str(checkout / 'tools' / 'bootstrap.py')!r}, run_name='__main__')"
+    environment = os.environ | {"PATH": str(checkout)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert done.returncode == 1 and f"apt-get install python{version}-venv" in done.stderr
+    assert not (checkout / ".venv").exists()
+
+
+@pytest.mark.parametrize("name", ["PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV", "PYTHONPATH"])
+def test_settings_that_install_elsewhere_do_not_reach_pip(checkout: Path, tmp_path: Path, name: str) -> None:
+    """The environment's Python is replaced by one that says what pip would have been given."""
+    environment = with_stamp(checkout)
+    (environment / ".installed").unlink()
+    python = environment / "bin" / "python"
+    real = os.path.realpath(sys.executable)
+    python.unlink()
+    python.write_text(f'#!/bin/sh\n[ "$2 $3" = "-m pip" ] || exec {real} "$@"\nenv > "{tmp_path}/given"\nexit 1\n')
+    python.chmod(0o755)
+    done = run(checkout, "setup", **{name: str(tmp_path / "elsewhere")})
+    assert done.returncode == 1 and "pip could not install into .venv" in done.stderr
+    given = (tmp_path / "given").read_text().splitlines()
+    assert [line for line in given if line.startswith(f"{name}=")] == []
+    assert any(line.startswith("PATH=") for line in given)
+
+
 def test_a_complete_environment_asks_nobody(checkout: Path) -> None:
     with_stamp(checkout)
     done = run(checkout, "setup")
