@@ -32,9 +32,9 @@ def _fixed_reader(directory: str | Path, *args: Any, **kwargs: Any) -> FixedRead
 
 
 # torch.py:752 (0.16.1) and torch.py:902 (0.19.2, which serialization.py imports by name) make one of DCP's own readers.
+assert callable(torch_strategy._get_filesystem_reader)
 for _module in (torch_strategy, serialization):
-    if _module is torch_strategy or hasattr(_module, "_get_filesystem_reader"):
-        assert callable(_module._get_filesystem_reader)
+    if hasattr(_module, "_get_filesystem_reader"):
         _module._get_filesystem_reader = _fixed_reader
 
 
@@ -47,8 +47,12 @@ def load_by_fixed_lists(state: dict[str, Any], directory: str | Path, *, with_se
     shards = torch_strategy.TorchDistLoadShardedStrategy()
     if _TAKES_STRATEGY:
         return dist_checkpointing.load(state, str(directory), shards, _settings_strategy(with_settings))
+    before = serialization.load_common_state_dict
     serialization.load_common_state_dict = lambda path: _settings(Path(path)) if with_settings else {}
-    return dist_checkpointing.load(state, str(directory), shards)
+    try:
+        return dist_checkpointing.load(state, str(directory), shards)
+    finally:
+        serialization.load_common_state_dict = before
 
 
 def _settings(directory: Path) -> Any:
