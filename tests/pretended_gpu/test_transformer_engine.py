@@ -52,7 +52,6 @@ def test_trains_like_the_cpu(name: str, train: Train, reference: Any) -> None:
     assert not case.goes_on or all(rank["resumed"] == [] for rank in ranks)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2ep2", "cp2"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_quantises_what_it_should_in_shapes_that_its_gemms_take(
