@@ -13,7 +13,6 @@ from tests.pretended_gpu.cases import Case, assert_same
 from tests.pretended_gpu.conftest import Train, engine_environment, megatron_environment, trainer_of
 from tests.pretended_gpu.test_local import AMPLIFIED
 
-
 CASES = {
     "tp2ep2": Case(layout="tp2ep2", goes_on=True),
     "etp2": Case(layout="etp2"),
