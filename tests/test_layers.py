@@ -39,7 +39,7 @@ LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 PLACES = {
     "megatron": (f"{PACKAGE}/trainer/", f"{PACKAGE}/checkpoint/megatron.py", f"{PACKAGE}/checkpoint/megatron_load.py"),
     "ray": (f"{PACKAGE}/orchestration/",),
-    "transformer_engine": (f"{PACKAGE}/precision/recipes.py",),
+    "transformer_engine": (f"{PACKAGE}/precision/",),
     "sglang": (f"{PACKAGE}/rollout/sglang_launch.py",),  # Runs in SGLang's environment; nothing imports it.
 }
 """The only files, or folders, that may import each of these."""

@@ -40,6 +40,7 @@ COUNTERS_FILE = "trainer.json"
 AMAX_FILE = "amax_history-rank{}.safetensors"
 """What emulated delayed scaling remembers; no file where it remembers nothing."""
 
+
 def save_checkpoint(
     directory: Path,
     chunks: Sequence[Any],

@@ -300,7 +300,6 @@ def _objective_problems(config: Config) -> Iterator[str]:
             "set parallel.context=1, or choose a token-level objective"
         )
 
-
     if isinstance(config.objective, ImportedObjectiveConfig):
         yield from _function_problems("objective", config.objective.path, OBJECTIVE_ARGUMENTS)
 

@@ -1,13 +1,12 @@
 """The one table of precision recipes: what a name means in Transformer Engine, in Megatron-Core, and in emulation.
 
 A recipe says how the three matrix products of a linear layer are quantised, y = x w^T, dx = g w and dw = g^T x, each
-operand in blocks along the dimension that is summed over. Transformer Engine is imported here and nowhere else, and
-only by who asks for it: on a machine without CUDA its import fails.
+operand in blocks along the dimension that is summed over. Transformer Engine is imported by who asks for it only: on a
+machine without CUDA its import fails.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from drpo_megatron.config.precision import NoiseRecipe, PrecisionSection, RolloutRecipe, TrainRecipe
 from drpo_megatron.precision.quantize import BLOCK128, FORMATS, GROUP128, Format, Noise
+from drpo_megatron.precision.transformer_engine import find_transformer_engine
 
 TENSOR = FORMATS["e4m3"]
 HISTORY_LENGTH = 1024
@@ -167,14 +167,15 @@ class Hardware:
 
 
 def find_hardware(backend: str) -> Hardware:
-    """Of this process, under `trainer.backend`."""
+    """Of this process, under `trainer.backend`. Raises: ValueError for a Transformer Engine that doesn't import."""
     if backend == "cpu" or not torch.cuda.is_available():
         return Hardware()
-    try:
-        version = _version(importlib.metadata.version("transformer-engine"))
-    except importlib.metadata.PackageNotFoundError:
-        version = None
-    return Hardware(torch.cuda.get_device_capability(), _version(torch.version.cuda or "0.0"), version)
+    version = find_transformer_engine()
+    return Hardware(
+        torch.cuda.get_device_capability(),
+        _version(torch.version.cuda or "0.0"),
+        None if version is None else _version(version),
+    )
 
 
 def what_is_missing(engine: Engine, hardware: Hardware) -> list[str]:

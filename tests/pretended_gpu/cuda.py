@@ -67,6 +67,8 @@ def _cuda_module() -> None:
         device_count=lambda: 1,
         current_device=lambda: CUDA,  # A number on a GPU; this torch knows no device by number.
         set_device=lambda device: None,
+        device=lambda device: contextlib.nullcontext(),
+        device_of=lambda tensor: contextlib.nullcontext(),
         get_device_capability=lambda device=None: CAPABILITY,
         get_device_name=lambda device=None: name,
         get_device_properties=lambda device=None: properties,

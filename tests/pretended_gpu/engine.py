@@ -329,7 +329,7 @@ def _attention(self: Any, query_layer: Any, key_layer: Any, value_layer: Any, **
         max_seqlen_kv=options["max_seqlen_kv"],
         num_rows=query_layer.shape[0] * group.size(),
     )
-    layer = types.SimpleNamespace(cp_group=group, scale=self.softmax_scale)
+    layer = types.SimpleNamespace(cp_group=group, scale=self.unfused_attention.softmax_scale)
     return PackedAttention.forward(layer, query_layer, key_layer, value_layer, packed_seq_params=packed)
 
 
@@ -359,6 +359,7 @@ def _without_quantising(module: Any) -> Any:
             assert_dim_for_fp8_exec(part)
         name = next(c.__name__ for c in type(recipe).__mro__ if c.__module__.startswith("transformer_engine"))
         QUANTISED.extend((name, type(self).__name__, tuple(part.shape)) for part in parts)
+        self.fp8 = False  # Else a recomputation looks for the scales of the first forward pass, which were never made.
         with te.fp8_autocast(enabled=False):
             result = real(self, rows, *args, **options)
         self.fp8 = True  # As the real forward pass leaves it.

@@ -164,27 +164,40 @@ def test_a_repair_for_the_cpu_is_of_what_only_the_cpu_lacks() -> None:
             assert "apex" not in text and "transformer engine" not in text, fix.__name__
 
 
-def broken_engine(rank: int, num_ranks: int, environment: Environment) -> str:
+def broken_engine(rank: int, num_ranks: int, environment: Environment) -> dict[str, str]:
     import importlib.metadata
     import sys
 
+    from drpo_megatron.doctor.software import check_transformer_engine
+    from drpo_megatron.precision.recipes import find_hardware
+    from drpo_megatron.precision.transformer_engine import find_transformer_engine
     from drpo_megatron.trainer import platform
 
-    platform.find_transformer_engine.cache_clear()
+    answers = {}
+    askers = {
+        "platform": lambda: platform.find_transformer_engine(),
+        "recipes": lambda: find_hardware("gpu"),
+        "doctor": lambda: next(check_transformer_engine()),
+    }
+    find_transformer_engine.cache_clear()
     forgotten = {"transformer_engine": sys.modules.pop("transformer_engine")}  # None there: asked not to be found.
     real, importlib.metadata.version = importlib.metadata.version, lambda name: "2.20.2"
     try:
-        platform.find_transformer_engine()
-        return ""
-    except ValueError as error:
-        return str(error)
+        for name, ask in askers.items():
+            try:
+                answers[name] = str(ask())
+            except ValueError as error:
+                answers[name] = f"refused: {error}"
     finally:
         importlib.metadata.version = real
         sys.modules.update(forgotten)
-        platform.find_transformer_engine.cache_clear()
+        find_transformer_engine.cache_clear()
+    return answers
 
 
 def test_an_engine_that_does_not_import_is_an_error(ranks: Ranks) -> None:
-    """Its package without its compiled part has metadata, and no layers."""
-    message = ranks.run(1, broken_engine)[0]
-    assert "Transformer Engine 2.20.2 is installed, but transformer_engine.pytorch doesn't import" in message
+    """Its package without its compiled part has metadata, and no layers: nobody takes it for one, and all say so."""
+    answers = ranks.run(1, broken_engine)[0]
+    refusal = "refused: Transformer Engine 2.20.2 is installed, but transformer_engine.pytorch doesn't import"
+    assert answers["platform"].startswith(refusal) and answers["recipes"] == answers["platform"]
+    assert "status='fail'" in answers["doctor"] and "2.20.2, which does not import" in answers["doctor"]

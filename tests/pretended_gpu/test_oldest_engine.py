@@ -11,8 +11,6 @@ from tests.pretended_gpu import fetch
 from tests.pretended_gpu.cases import Case, assert_same
 from tests.pretended_gpu.conftest import Train, engine_environment, trainer_of
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def train(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:

@@ -26,6 +26,7 @@ from drpo_megatron.doctor.accept.models import (
 )
 from drpo_megatron.doctor.accept.ranks import TIMEOUT_S, run_ranks
 from drpo_megatron.doctor.accept.stage import Results, Settings
+from drpo_megatron.precision.transformer_engine import find_transformer_engine, forget_transformer_engine
 from drpo_megatron.trainer.loss_methods import DELTA
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -95,8 +96,6 @@ def _variants(settings: Settings, hf_path: Path, samples: list[Any], exact: Step
     names = ("loss", "gradient norm", "log-probs", "gradients")
     variants = [Variant("fp32", False, dict.fromkeys(names, FP32_LIMIT))]
     if settings.device == "gpu":
-        from drpo_megatron.trainer.platform import find_transformer_engine
-
         rounded = step_by_transformers(hf_path, samples, _MAX_RESPONSE, torch.bfloat16).distances(exact)
         # One number may agree by luck, where a vector can't: the error of the gradients bounds those of loss and norm.
         floor = {"loss": rounded["gradients"], "gradient norm": rounded["gradients"]}
@@ -156,10 +155,8 @@ def _steps(
     folder: str,
 ) -> None:
     """On every rank: a step in each layout, one after the other. Rank 0 leaves it in a file of the layout's name."""
-    from drpo_megatron.trainer import platform
-
     if not variant.transformer_engine:
-        platform.forget_transformer_engine()
+        forget_transformer_engine()
     joined = False
     for name, parallel in layouts.items():
         config = step_config(settings, hf_path, parallel, variant.dtype)
