@@ -71,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     parser = _parser()
-    args, extra = parser.parse_known_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    if empty := [text for text in given if text.startswith("--") and text.endswith("=--")]:
+        parser.error(f"{empty[0]}: -- is no value")  # argparse would make an empty list of it.
+    args, extra = parser.parse_known_args(given)
     if unknown := [text for text in extra if not hasattr(args, "arguments") or text.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if hasattr(args, "arguments"):

@@ -50,6 +50,11 @@ def file_name(name: str, source: str) -> str:
     return name
 
 
+def fault_of_name(name: str) -> str | None:
+    """Why a name of a file can stand in no list of files, in words; None for one that can."""
+    return _fault_of(name)
+
+
 def unshown_characters(text: str) -> list[str]:
     """The control characters, line breaks and the like of a text, as escapes; none in text that stays on its line."""
     return [_shown(character)[1:-1] for character in text if unicodedata.category(character) in _UNSHOWN]

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -35,7 +35,8 @@ def read_text(path: FilePath) -> str:
     """A whole file of UTF-8."""
     file = Path(path)
     try:
-        data = file.read_bytes()
+        with _opened(file) as stream:
+            data = stream.read()
     except OSError as error:
         raise ValueError(f"{file} can't be read: {_reason(error)}") from None
     return _decoded(data, file, 1).removeprefix("\ufeff")
@@ -45,7 +46,7 @@ def read_lines(path: FilePath) -> Iterator[tuple[int, str]]:
     """(number from 1, line without its end) of a file of UTF-8 that need not fit in memory."""
     file = Path(path)
     try:
-        with file.open("rb") as lines:
+        with _opened(file) as lines:
             number = 0
             while data := lines.readline(MAX_LINE_BYTES + 1):
                 number += 1
@@ -197,6 +198,13 @@ def _decoded(data: bytes, file: Path, first_line: int) -> str:
         raise ValueError(
             f"{file}, line {line} is not UTF-8 (byte 0x{data[error.start]:02x}); convert it: iconv -f LATIN1 -t UTF-8"
         ) from None
+
+
+def _opened(file: Path) -> IO[bytes]:
+    """A pipe, such as a shell's <(...), is read to its end; one that nobody writes to is empty, and not waited for."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    os.set_blocking(descriptor, True)
+    return os.fdopen(descriptor, "rb")  # Closes it where it is a directory, which is an OSError.
 
 
 def _reason(error: OSError) -> str:

@@ -7,41 +7,24 @@ anything that a refused command leaves behind. The draws follow from a seed; oth
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 import yaml
 
-from drpo_megatron import cli
+from tests.broken import SEED, listing, mutated, remove, run
 from tests.orchestration import command
 
 NUM_EXAMPLES = int(os.environ.get("BROKEN_EXAMPLES", "12"))
-SEED = os.environ.get("BROKEN_SEED", "0")
 MAX_LINES, MAX_CHARACTERS = 40, 6000
-EXTREMES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2**31, 2**63, 2**70, -(2**70), 10**400, 0.5, -0.0, 1e308, float("inf"), float("nan"),
-    "", " ", "x", "nan", "1e999", "..", "../../etc", "/etc/passwd", "a\nb", "a\0b", "\ud800", "\u202e", "x" * 5000,
-    "${run.name}", "${a.b}", "${oc.env:HOME}", "???", [], {}, [[]], [None], {"": None}, {"name": []}, [1, "a", {}],
-    {"a": {"b": {"c": 1}}},
-)  # fmt: skip
-RAW: tuple[bytes, ...] = (
-    b"", b" ", b"\n\n", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"null", b"[]", b"{}", b"3", b'"text"', b"NaN", b"{", b"[" * 5000,
-    b'{"a":' * 3000, b"- " * 3000, b"9" * 5000, b'{"a": 1, "a": 2}', b"&a [*a]", b"a: !!python/object/apply:os.system [ls]",
-    b"\x80\x04\x95", b"PK\x03\x04", b'"\\ud800"', b"a: 2026-99-99", b"\x7fELF" + b"\0" * 100,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,87 +110,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.chdir(before)
 
 
-def run(arguments: tuple[str, ...]) -> tuple[int, str]:
-    """(exit code, stderr) of the command in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    error = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
-            try:
-                code = cli.main(list(arguments))
-            except SystemExit as stop:
-                code = int(stop.code or 0)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return code, error.getvalue()
-
-
-# --- the grammar ----------------------------------------------------------------------------------------------------
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value in a tree, the root's included."""
-    yield path
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from places(inner, (*path, key))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value[:8]):
-            yield from places(inner, (*path, index))
-
-
-def changed(tree: Any, path: tuple[Any, ...], change: str, value: Any) -> Any:
-    tree = copy.deepcopy(tree)
-    if not path:
-        return value
-    holder = tree
-    for part in path[:-1]:
-        holder = holder[part]
-    if change == "replace":
-        holder[path[-1]] = value
-    elif change == "remove":
-        del holder[path[-1]]
-    elif change == "wrap":
-        holder[path[-1]] = [holder[path[-1]]]
-    elif isinstance(holder, dict):
-        holder["unknown"] = value
-    return tree
-
-
-def dumped(tree: Any, suffix: str) -> bytes:
-    if suffix == ".yaml":
-        return yaml.safe_dump(tree, allow_unicode=False).encode("utf-8", "surrogatepass")
-    return json.dumps(tree).encode()
-
-
-def mutated(draw: Random, file: Path) -> bytes:
-    data = file.read_bytes()
-    kind = draw.choice(["tree", "tree", "tree", "bytes", "cut", "raw", "insert"])
-    if kind == "raw":
-        return draw.choice(RAW)
-    if kind == "cut":
-        return data[: draw.randrange(len(data))]
-    where = draw.randrange(min(len(data), 4000))
-    if kind == "bytes":
-        return data[:where] + bytes([draw.randrange(256)]) + data[where + 1 :]
-    if kind == "insert" or file.suffix not in (".yaml", ".json", ".jsonl"):
-        return data[:where] + draw.choice(RAW) + data[where:]
-    change, value = draw.choice(["replace", "replace", "remove", "wrap", "add"]), draw.choice(EXTREMES)
-    if file.suffix == ".jsonl":
-        lines = data.decode().splitlines()
-        number = draw.randrange(len(lines))
-        tree = json.loads(lines[number])
-        lines[number] = json.dumps(changed(tree, draw.choice(list(places(tree))), change, value))
-        return "\n".join(lines).encode()
-    tree = yaml.safe_load(data) if file.suffix == ".yaml" else json.loads(data)
-    return dumped(changed(tree, draw.choice(list(places(tree))), change, value), file.suffix)
-
-
-def listing(root: Path) -> list[str]:
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if "__pycache__" not in path.parts)
-
-
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_a_valid_file_is_not_called_broken(directory: Path, case: Case) -> None:
     """Else the next test would only ever see one message."""
@@ -252,13 +154,6 @@ def fault(case: Case, code: int, error: str, left: list[str]) -> str | None:
     if not any(name in error for name in (file.name, file.parent.name or file.name, case.arguments[-1])):
         return "the file isn't named"
     return None
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def test_a_few_of_them_as_real_processes(directory: Path) -> None:

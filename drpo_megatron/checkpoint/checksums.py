@@ -10,6 +10,7 @@ import json
 import mmap
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from drpo_megatron.reading import read_json_object
 
 CHECKSUMS_FILE = "checksums.json"
 _CHUNK_BYTES = 2**20
+_NUM_NAMED = 3
+"""Damaged files that an error lists."""
 _NUM_THREADS = 4
 """Reading and hashing release the interpreter's lock."""
 
@@ -64,6 +67,12 @@ def write_checksums(directory: Path, sums: Mapping[str, FileSum]) -> None:
     write_text(directory / CHECKSUMS_FILE, sealed({"files": {name: asdict(sums[name]) for name in sorted(sums)}}))
 
 
+def write_checksums_of_all(directory: Path, known: Mapping[str, FileSum]) -> None:
+    """`write_checksums` of every file in a directory that nobody else writes to. `known`: those that need no reading."""
+    names = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+    write_checksums(directory, {**known, **sums_of(directory, names - known.keys())})
+
+
 def read_checksums(directory: Path) -> dict[str, FileSum] | None:
     """None when the directory has none: another tool, or an older version of this one, wrote it.
 
@@ -93,12 +102,12 @@ def missing_or_cut(directory: Path, sums: Mapping[str, FileSum]) -> list[str]:
     return problems
 
 
-def damaged(directory: Path, sums: Mapping[str, FileSum]) -> list[str]:
+def damaged(directory: Path, sums: Mapping[str, FileSum], sum_one: Callable[[Path], FileSum] = sum_of) -> list[str]:
     """`missing_or_cut`, and a sentence for each file that holds something else than what was written."""
     if problems := missing_or_cut(directory, sums):
         return problems
     try:
-        found = sums_of(directory, sums, sum_of)
+        found = sums_of(directory, sums, sum_one)
     except OSError as error:
         return [f"{error.filename or directory} can't be read: {error.strerror or error}"]
     return [
@@ -107,6 +116,36 @@ def damaged(directory: Path, sums: Mapping[str, FileSum]) -> list[str]:
         for name, expected in sums.items()
         if found[name] != expected
     ]
+
+
+def require_undamaged(
+    directory: Path, what_else: str, watched: Callable[[int], AbstractContextManager[Callable[[int], None]]]
+) -> bool:
+    """Reads all that a directory has checksums of. Returns whether it has any.
+
+    Args:
+        what_else: what a user can do who has changed a file on purpose.
+        watched: given the bytes, shows how many have been read.
+
+    Raises: ValueError that names every file that is missing or holds something else than what was written.
+    """
+    sums = read_checksums(directory)
+    if sums is None:
+        return False
+    problems = missing_or_cut(directory, sums)
+    if not problems:
+        with watched(sum(found.num_bytes for found in sums.values())) as advance:
+
+            def read(path: Path) -> FileSum:
+                found = sum_of(path)
+                advance(found.num_bytes)
+                return found
+
+            problems = damaged(directory, sums, read)
+    if problems:
+        more = f"; and {len(problems) - _NUM_NAMED} more" if len(problems) > _NUM_NAMED else ""
+        raise ValueError(f"{'; '.join(problems[:_NUM_NAMED])}{more}; {what_else}")
+    return True
 
 
 def sealed(record: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from drpo_megatron.checkpoint.safetensors_file import (
 from drpo_megatron.checkpoint.stored import StoredTensors, require_plain
 from drpo_megatron.models import get_family
 from drpo_megatron.paths import inside
-from drpo_megatron.reading import parse_json_object, read_json_object
+from drpo_megatron.reading import parse_json_object, read_json_as
 
 FOLDER = "hf"
 TENSORS_FILE = "tensors.json"
@@ -103,6 +103,18 @@ class FileLayout:
             (directory / INDEX_FILE).write_text(self.index, encoding="utf-8")
 
 
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """tensors.json."""
+
+    is_trained: bool
+    untrained: str | None
+    """Directory of the tensors that no parameter takes. None: this one."""
+    index: str | None
+    headers: dict[str, str]
+    """By file name, as they stand there."""
+
+
 class HFFiles:
     """The Hugging Face side of a Megatron checkpoint: what is written beside the weights, and where those go."""
 
@@ -142,17 +154,17 @@ class CarriedFiles(HFFiles):
             )
         self.config = read_config(directory)
         try:
-            record = read_json_object(record_file)
-            headers = {file: Header.parse(text) for file, text in record["headers"].items()}
+            record = read_json_as(record_file, _Record)
+            headers = {file: Header.parse(text) for file, text in record.headers.items()}
             for file in headers:
                 inside(directory, file, str(record_file))
                 if not file.endswith(".safetensors"):
                     raise ValueError(f"it names {file!r}, which is no file of safetensors")
-            self.layout = FileLayout(headers, record["index"])
-            self.is_trained = record["is_trained"]
-            self._untrained = Path(record["untrained"] or directory)
+            self.layout = FileLayout(headers, record.index)
+            self.is_trained = record.is_trained
+            self._untrained = Path(record.untrained or directory)
             """Where the tensors are that no parameter takes."""
-        except (json.JSONDecodeError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        except ValueError as error:
             raise ValueError(f"{record_file} is damaged ({error}); convert again") from error
         self.others = OtherFiles.of(directory, _OWN_FILES)
 
@@ -180,7 +192,7 @@ class GivenFiles(HFFiles):
         self.directory, self.is_trained = directory, True
         if not has_weights(directory):
             self.config = read_config(directory)
-            self.layout = _published_layout(self.config)
+            self.layout = _published_layout(self.config, directory)
             self.others = OtherFiles.of(directory, ()).without_copies(self.layout.tensors)
             return
         self._stored = StoredTensors(HFCheckpoint(directory))
@@ -193,11 +205,11 @@ class GivenFiles(HFFiles):
         return self._stored.get(name)
 
 
-def _published_layout(config: dict[str, Any]) -> FileLayout:
+def _published_layout(config: dict[str, Any], directory: Path) -> FileLayout:
     """The files of a new checkpoint in the names of the family's published ones; types are those of the weights."""
     tensors = {
         hf.name: TensorInfo(torch.bfloat16, hf.stored_shape)
-        for rule in get_family(config).rules(config)
+        for rule in get_family(config, f"{directory}/config.json").rules(config)
         for hf in rule.hf
     }
     return FileLayout({SINGLE_FILE: Header.build(tensors, {"format": "pt"})}, None).resharded(DEFAULT_SHARD_BYTES)
@@ -258,13 +270,9 @@ def _carry(others: OtherFiles, directory: Path) -> None:
 
 
 def _write_record(directory: Path, layout: FileLayout, *, is_trained: bool, untrained: str | None) -> None:
-    record = {
-        "is_trained": is_trained,
-        "untrained": untrained,
-        "index": layout.index,
-        "headers": {file: header.text for file, header in layout.headers.items()},
-    }
-    (directory / TENSORS_FILE).write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    headers = {file: header.text for file, header in layout.headers.items()}
+    record = _Record(is_trained, untrained, layout.index, headers)
+    (directory / TENSORS_FILE).write_text(json.dumps(asdict(record), ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _index_of(headers: dict[str, Header], old: str | None) -> str:

@@ -29,7 +29,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from drpo_megatron.checkpoint.checksums import damaged, read_checksums, sums_of, write_checksums
+from drpo_megatron.checkpoint.checksums import damaged, read_checksums, sums_of, write_checksums_of_all
 from drpo_megatron.checkpoint.hf_files import FOLDER, keep_hf_files_of_training
 from drpo_megatron.checkpoint.megatron_load import load_by_fixed_lists
 from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
@@ -84,10 +84,7 @@ def save_checkpoint(
         record = {"counters": counters, "layout": _layout(chunks), "versions": _versions()}
         write_text(directory / COUNTERS_FILE, json.dumps(record, indent=2) + "\n")
         flush_tree(directory)
-        sums = {name: found for part in everyone for name, found in part.items()}
-        paths = [path for path in directory.rglob("*") if path.is_file()]
-        rest = {str(path.relative_to(directory)) for path in paths} - sums.keys()
-        write_checksums(directory, sums | sums_of(directory, rest))
+        write_checksums_of_all(directory, {name: found for part in everyone for name, found in part.items()})
 
     own: dict[str, Any] = {}
     everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]

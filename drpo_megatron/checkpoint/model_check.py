@@ -12,12 +12,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 
 from drpo_megatron.checkpoint.hf import HFCheckpoint
 from drpo_megatron.checkpoint.stored import CONFIG_KEY, StoredTensors, dtype_name, is_packed
 from drpo_megatron.models import FAMILIES, Family, get_family
 from drpo_megatron.models.rules import Rule
+from drpo_megatron.reading import one_line, read_json_object
 
+GENERATION_FILE = "generation_config.json"
 ADAPTER_FILE = "adapter_config.json"
 NUM_NAMED = 3
 """Problems of a kind that a message names; it counts the others."""
@@ -56,6 +59,7 @@ def require_trainable(hf_path: str | Path, *, engine: str = "transformers") -> l
             "`drpo-megatron convert` makes of it: hf-to-megatron, then megatron-to-hf"
         )
     _require_no_adapter(stored.checkpoint)
+    _require_generation_config(stored.checkpoint)
     family, rules = require_fit(stored)
     stacked = next((hf for rule in rules for hf in rule.hf if hf.slice is not None), None)
     if engine == "sglang" and stacked is not None and family.model_type in ("qwen3_moe", "mixtral"):
@@ -71,8 +75,21 @@ def require_servable(hf_path: str | Path) -> None:
     random numbers. ValueError otherwise."""
     stored = StoredTensors(HFCheckpoint(hf_path))
     _require_no_adapter(stored.checkpoint)
+    _require_generation_config(stored.checkpoint)
     if stored.config.get("model_type") in FAMILIES:
         require_fit(stored)
+
+
+def _require_generation_config(checkpoint: HFCheckpoint) -> None:
+    """What engines read beside config.json is readable. ValueError names the file."""
+    file = checkpoint.directory / GENERATION_FILE
+    if not file.exists():
+        return
+    fields = read_json_object(file)
+    try:
+        GenerationConfig.from_dict(fields)
+    except Exception as error:  # transformers raises errors of any kind over values of odd types.
+        raise ValueError(f"{file} can't be used: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _require_no_adapter(checkpoint: HFCheckpoint) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from drpo_megatron.checkpoint.safetensors_file import read_header
 from drpo_megatron.files import explained
+from drpo_megatron.paths import fault_of_name
 
 _OTHER_WEIGHTS = re.compile(
     r"(pytorch_model|tf_model|flax_model|rust_model|model|consolidated)([-._].*)?"
@@ -81,7 +82,9 @@ def _walk(directory: Path, prefix: str, above: tuple[Path, ...], left: dict[str,
     """(relative name, path) of every file. `above`: real paths of the folders that this one lies in, for links."""
     for path in sorted(directory.iterdir()):
         name = prefix + path.name
-        if not path.exists():
+        if (fault := fault_of_name(path.name)) is not None:
+            left[ascii(name)] = f"its name {fault}"
+        elif not path.exists():
             left[name] = "a link to nothing"
         elif path.is_file():
             yield name, path

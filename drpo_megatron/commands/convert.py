@@ -33,6 +33,7 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _PROMPT = "Twelve and thirty make forty-two; seven times eight is"
 _EXPERTS = "a tensor for each expert, or a layer's in two, as transformers 5 holds them; default: as they came"
 _GIVEN_HF = "Hugging Face checkpoint of the same model, for config and tokenizer; default: what --megatron kept of it"
+_SKIP = "don't compare the files of --megatron with its checksums first, which reads a run's optimizer state, too"
 _ITERATION_FILE = "latest_checkpointed_iteration.txt"
 
 
@@ -70,6 +71,9 @@ def add(commands: Any, style: dict[str, Any]) -> None:
     verify.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of both models for --logits")
     verify.set_defaults(run=_verify)
 
+    for action in (to_hf, verify):
+        action.add_argument("--skip-checksums", action="store_true", help=_SKIP)
+
     inspect = actions.add_parser("inspect", help="what a directory holds, and whether it is whole", **style)
     inspect.add_argument("directory", type=Path, metavar="DIR", help="Hugging Face, Megatron, or a run")
     inspect.set_defaults(run=_inspect)
@@ -98,6 +102,7 @@ def _to_hf(args: argparse.Namespace) -> None:
             experts=args.experts,
             hf=args.hf,
             force=args.force,
+            skip_checksums=args.skip_checksums,
         )
 
 
@@ -106,7 +111,7 @@ def _verify(args: argparse.Namespace) -> None:
         from drpo_megatron.conversion.verify import verify
 
         megatron = megatron_files(args.megatron)
-        result = verify(args.hf, megatron)
+        result = verify(args.hf, megatron, skip_checksums=args.skip_checksums)
     cast = f", {result.num_cast} of them after a cast" if result.num_cast else ""
     print(f"{result.num_tensors - len(result.differences)} of {result.num_tensors} tensors are equal{cast}")
     print(_about_config(result))

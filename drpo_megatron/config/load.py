@@ -78,8 +78,10 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
 
 def parse_yaml(text: str, place: str) -> Any:
     """YAML as OmegaConf reads it (1e-6 is a number, a key that stands twice an error), references left as they are."""
-    check_yaml(text, place)
+    root = check_yaml(text, place)
     try:
+        if isinstance(root, yaml.ScalarNode):
+            return root.value  # OmegaConf knows none, or takes it for the name of a section.
         return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except (*_YAML_ERRORS, OmegaConfBaseException) as error:
         raise ValueError(f"{place} is not valid YAML: {one_line(error)}") from None

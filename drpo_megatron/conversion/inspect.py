@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from drpo_megatron.checkpoint.checksums import missing_or_cut, read_checksums
 from drpo_megatron.checkpoint.hf import HFCheckpoint
 from drpo_megatron.checkpoint.hf_files import FOLDER, TENSORS_FILE, CarriedFiles, FileLayout
 from drpo_megatron.checkpoint.safetensors_file import TensorInfo
@@ -60,7 +61,9 @@ def _hf(checkpoint: HFCheckpoint) -> Facts:
 
 
 def _megatron(directory: Path) -> Facts:
-    checkpoint = TorchDistCheckpoint(directory)
+    checkpoint, sums = TorchDistCheckpoint(directory), read_checksums(directory)
+    if sums is not None and (problems := missing_or_cut(directory, sums)):
+        raise ValueError(f"checkpoint {directory} is damaged: {'; '.join(problems[:3])}")
     weights = {key: t for key, t in checkpoint.tensors.items() if not key.startswith("optimizer.")}
     infos = [TensorInfo(t.properties.dtype, tuple(t.size)) for t in weights.values()]
     carried = CarriedFiles(directory / FOLDER) if (directory / FOLDER).is_dir() else None
@@ -79,6 +82,7 @@ def _megatron(directory: Path) -> Facts:
         facts["saved by"] = "an unfinished save: trainer.json is missing" if has_optimizer else "conversion"
     num_files = len(list(directory.glob("*.distcp")))
     facts["files"] = f"{num_files}, complete"
+    facts["checksums"] = "none" if sums is None else f"of {len(sums)} files, which verify and megatron-to-hf compare"
     return facts
 
 

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from drpo_megatron.checkpoint.hf import HFCheckpoint, read_config
+from drpo_megatron.checkpoint.model_check import require_servable
 from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 from drpo_megatron.config.sections import ParallelSection
 from drpo_megatron.conversion.model import ModelPlan, bare_config
 from drpo_megatron.data.packing import pack
+from drpo_megatron.data.tokenize import read_tokenizer
 from drpo_megatron.models.names import canonical_key
 from drpo_megatron.trainer import platform as platforms
 from drpo_megatron.trainer import setup
@@ -46,13 +48,11 @@ def compare_logits(hf: Path, megatron: Path, prompt: str, dtype: torch.dtype = t
         raise ValueError(
             f"{hf} is quantised, and its kernels need a GPU; compare with the checkpoint that it came from"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer can be read from {hf}: {error}") from error
+    require_servable(hf)
+    tokenizer = read_tokenizer(hf)
     ids = tokenizer(prompt, return_tensors="pt").input_ids[0]
     if len(ids) < 2:
-        raise ValueError(f"the prompt {prompt!r} is {len(ids)} tokens long; give at least 2")
+        raise ValueError(f"the prompt {prompt!r} is {len(ids)} tokens long to the tokenizer of {hf}; give at least 2")
     expected = _transformers_logits(hf, ids, dtype)
     found = _megatron_logits(hf, megatron, ids, dtype)
     difference = (found - expected).abs().max() / expected.abs().max()
@@ -78,7 +78,7 @@ def _megatron_logits(hf: Path, megatron: Path, ids: torch.Tensor, dtype: torch.d
     from drpo_megatron.trainer.forward import hidden_states
 
     checkpoint = TorchDistCheckpoint(megatron)
-    plan = ModelPlan.of(read_config(hf), HFCheckpoint(hf).names())
+    plan = ModelPlan.of(read_config(hf), HFCheckpoint(hf).names(), hf)
     plan.check(checkpoint)
     config = bare_config("bf16" if dtype == torch.bfloat16 else "fp32")
     sample = Sample("prompt", tuple(ids[:-1].tolist()), tuple(ids[-1:].tolist()), (0.0,), 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,9 +27,13 @@ class ModelPlan:
     checkpoint: CheckpointMap
 
     @classmethod
-    def of(cls, config: dict[str, Any], names: Collection[str]) -> ModelPlan:
-        """Of config.json and the names of the checkpoint's tensors. ValueError for a model that is not supported."""
-        family = get_family(config)
+    def of(cls, config: dict[str, Any], names: Collection[str], directory: Path) -> ModelPlan:
+        """Of config.json and the names of the checkpoint's tensors. ValueError for a model that is not supported.
+
+        Args:
+            directory: that the config is from, for errors.
+        """
+        family = get_family(config, f"{directory}/config.json")
         hf_config = typed_config(config)
         rules = family.rules(config, names)
         checkpoint = map_checkpoint(bare_config(), family, hf_config)

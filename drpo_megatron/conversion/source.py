@@ -29,7 +29,7 @@ class HFSource:
         self.config, self.names = self.stored.config, self.stored.names
         family, rules = require_fit(self.stored)
         require_fit(self.stored, tie_problems(self.stored, rules))
-        self.model = ModelPlan.of(self.config, self.names)
+        self.model = ModelPlan.of(self.config, self.names, self.checkpoint.directory)
         self.untrained = [name for name in self.model.extra(self.names) if family.ignores(name)]
 
     def info(self, name: str) -> TensorInfo:

@@ -23,7 +23,7 @@ from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 from drpo_megatron.checkpoint.torch_save import ByteRange
 from drpo_megatron.conversion import fp8 as block_fp8
 from drpo_megatron.conversion.model import ModelPlan
-from drpo_megatron.conversion.report import progress_bar
+from drpo_megatron.conversion.report import check_files, progress_bar
 from drpo_megatron.conversion.workers import flushing, run_tasks
 from drpo_megatron.models.rules import HFTensor, Rule
 from drpo_megatron.paths import inside
@@ -43,6 +43,7 @@ def megatron_to_hf(
     experts: Experts | None = None,
     hf: Path | None = None,
     force: bool = False,
+    skip_checksums: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
     """Write the Hugging Face checkpoint `out` of the distributed checkpoint `megatron`, whatever layout saved it.
@@ -58,12 +59,14 @@ def megatron_to_hf(
         hf: a Hugging Face checkpoint of the same model, whose config, tokenizer and files are taken. None: those that
             lie in `megatron`.
         force: replace an existing `out`.
+        skip_checksums: read no more than the weights; else all files of a checkpoint with checksums are compared first.
 
     Raises: ValueError for a checkpoint that is damaged or not of its own config, or an existing `out`, or a disk that
         is too small.
     """
     if fp8 and experts == "fused":
         raise ValueError("FP8 needs a scale for each block of each expert, so experts can't be fused; leave one out")
+    check_files(megatron, skip=skip_checksums)
     export = _Export.of(megatron, dtype, fp8, "apart" if fp8 else experts, hf)
     layout = export.layout if max_shard_bytes is None else export.layout.resharded(max_shard_bytes)
     infos = layout.tensors
@@ -164,7 +167,7 @@ class _Export:
         source = TorchDistCheckpoint(megatron)
         carried = CarriedFiles(megatron / FOLDER) if hf is None else GivenFiles(hf)
         before = carried.layout.tensors
-        model = ModelPlan.of(carried.config, before)
+        model = ModelPlan.of(carried.config, before, carried.directory)
         model.check(source)
         untrained = [name for name in model.extra(before) if model.family.ignores(name)]
         if unknown := set(model.extra(before)) - set(untrained):

@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 
 from drpo_megatron.checkpoint.atomic import new_directory
+from drpo_megatron.checkpoint.checksums import FileSum, sum_of_new, write_checksums_of_all
 from drpo_megatron.checkpoint.hf import says_dtype, usual_dtype, with_dtype
 from drpo_megatron.checkpoint.hf_files import FOLDER, keep_hf_files, plain_layout
+from drpo_megatron.checkpoint.safetensors_file import flush_file
 from drpo_megatron.checkpoint.torch_dist import Box, Chunk, TorchDistWriter, without_crc32
 from drpo_megatron.conversion.report import progress_bar
 from drpo_megatron.conversion.source import HFSource
@@ -67,8 +69,14 @@ def hf_to_megatron(
             with_dtype(source.config, dtype or _new_dtype(source)),
             source.untrained,
         )
+        sums: dict[str, FileSum] = {}
+
+        def finish(file: Path) -> None:
+            sums[file.name] = sum_of_new(file)  # While all of it is in memory.
+            flush_file(file)
+
         writer = TorchDistWriter(scratch, [[part.chunk for part in group] for group in groups])
-        with progress_bar("to Megatron", sum(sizes)) as advance, flushing() as flush, without_crc32():
+        with progress_bar("to Megatron", sum(sizes)) as advance, flushing(finish) as flush, without_crc32():
 
             def write(index: int) -> None:
                 flush(writer.write(index, _Values(source, groups[index])))
@@ -77,6 +85,7 @@ def hf_to_megatron(
             run_tasks(range(len(groups)), write, lambda index: _num_bytes_needed(source, groups[index]))
             for file in writer.finish(source.model.checkpoint.objects):
                 flush(file)
+        write_checksums_of_all(scratch, sums)
     say(f"{out}: {len(groups) + 1} files, {sum(sizes):,} bytes of weights, loadable in any layout")
 
 

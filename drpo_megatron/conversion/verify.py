@@ -15,7 +15,7 @@ import torch
 
 from drpo_megatron.checkpoint.hf_files import FOLDER, CarriedFiles
 from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
-from drpo_megatron.conversion.report import progress_bar
+from drpo_megatron.conversion.report import check_files, progress_bar
 from drpo_megatron.conversion.source import HFSource
 from drpo_megatron.conversion.workers import run_tasks
 from drpo_megatron.models import get_family
@@ -37,11 +37,12 @@ class Verification:
     """Whether the Megatron checkpoint has a config.json to compare."""
 
 
-def verify(hf: Path, megatron: Path) -> Verification:
+def verify(hf: Path, megatron: Path, *, skip_checksums: bool = False) -> Verification:
     """Compare all tensors of `hf` with those of `megatron`. Where dtypes differ, `hf` is cast to that of `megatron`.
 
     Raises: ValueError for checkpoints that are damaged, or of models that are not the same.
     """
+    check_files(megatron, skip=skip_checksums)
     source, checkpoint = HFSource(hf), TorchDistCheckpoint(megatron)
     source.model.check(checkpoint)
     lock, differences, num_cast = threading.Lock(), [], 0
@@ -73,15 +74,19 @@ def verify(hf: Path, megatron: Path) -> Verification:
         num_cast += found is None and source.info(name).dtype != theirs.dtype
         differences.extend([] if found is None else [f"{name}: {found}"])
     num_tensors = sum(len(rule.hf) for rule in source.model.rules) + len(untrained)
-    keys = [] if carried is None else config_differences(source.config, carried.config)
+    keys = [] if carried is None else config_differences(source.config, carried.config, carried.directory)
     return Verification(num_tensors, num_cast, sorted(differences), keys, has_config)
 
 
-def config_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+def config_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], directory: Path) -> list[str]:
     """`key: value here, value there`, with all defaults filled in, so that it doesn't matter how a value is written.
 
     Not compared: the type of the weights, which the tensors themselves tell, how they are quantised, and who wrote it.
+
+    Args:
+        directory: of `theirs`, for errors; `ours` is known to be fine.
     """
+    get_family(theirs, f"{directory}/config.json")
     here, there = (dict(_flat(_with_defaults(config), "")) for config in (ours, theirs))
     return [
         f"config.json: {key} is {here.get(key, 'not there')!r} here, {there.get(key, 'not there')!r} there"
@@ -93,7 +98,6 @@ def config_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> li
 def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
     from transformers import CONFIG_MAPPING
 
-    get_family(config)  # For its errors, which say what is wrong with a config.
     return CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(dict(config))).to_dict()
 
 

@@ -63,20 +63,23 @@ def run_tasks(
 
 
 @contextmanager
-def flushing() -> Iterator[Callable[[Path], None]]:
+def flushing(flush: Callable[[Path], None] = flush_file) -> Iterator[Callable[[Path], None]]:
     """A function that takes finished files, from any thread, and writes them to the disk beside the work that goes on.
 
     At the end of the block all of them are there. Raises OSError there when one could not be written.
+
+    Args:
+        flush: does it.
     """
     flushed: list[Future[None]] = []
     with ThreadPoolExecutor(1, thread_name_prefix="flush") as pool:
         try:
-            yield lambda file: flushed.append(pool.submit(flush_file, file))
+            yield lambda file: flushed.append(pool.submit(flush, file))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    for flush in flushed:
-        flush.result()
+    for done in flushed:
+        done.result()
 
 
 @contextmanager

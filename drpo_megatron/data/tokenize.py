@@ -18,14 +18,21 @@ _TEMPLATE_S = 20.0
 """A template takes a millisecond."""
 
 
-def load_tokenizer(hf_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local checkpoint. ValueError if it cannot be read, or has no chat template or no EOS."""
+def read_tokenizer(hf_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local checkpoint, whatever it lacks. ValueError if it cannot be read."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(hf_path, local_files_only=True, trust_remote_code=False)
+        tokenizer.decode(tokenizer("1 + 1").input_ids)  # Values of odd types are only used then.
+        return tokenizer
     except Exception as error:  # What the libraries raise over an odd tokenizer.json: KeyError, TypeError, Exception.
         raise ValueError(
             f"no tokenizer can be read from {hf_path}: {type(error).__name__}: {one_line(error)}"
         ) from error
+
+
+def load_tokenizer(hf_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local checkpoint. ValueError if it cannot be read, or has no chat template or no EOS."""
+    tokenizer = read_tokenizer(hf_path)
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer in {hf_path} has no chat template; add chat_template.jinja to the checkpoint")
     if tokenizer.eos_token_id is None:

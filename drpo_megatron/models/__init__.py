@@ -36,7 +36,7 @@ def get_family(hf_config: HFConfig, place: str | None = None) -> Family:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(f"{named}model_type={model_type!r} is not known; the known ones are {known}")
     family = FAMILIES[model_type]
-    typed = typed_config(hf_config)
+    typed = typed_config(hf_config, place or "config.json")
     if impossible := bad_sizes(typed):
         raise ValueError(f"{named}{model_type} of impossible sizes: {'; '.join(impossible)}")
     problems = contradictions(hf_config) if is_dict else []

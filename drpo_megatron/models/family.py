@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from drpo_megatron.models.rules import Rule
+from drpo_megatron.reading import one_line
 
 HFConfig = Any
 """A transformers PreTrainedConfig, or the dict in config.json."""
@@ -64,8 +65,11 @@ class Family:
         return name.startswith(self.ignored)
 
 
-def typed_config(hf_config: HFConfig) -> HFConfig:
+def typed_config(hf_config: HFConfig, place: str = "config.json") -> HFConfig:
     """A transformers config of the text model with all defaults filled in, of a transformers config or a dict.
+
+    Args:
+        place: the file that it was read from, for errors.
 
     Raises: ValueError, in one line, for a dict that transformers can't make one of.
     """
@@ -76,8 +80,9 @@ def typed_config(hf_config: HFConfig) -> HFConfig:
         try:
             hf_config = kind.from_dict(deepcopy(dict(hf_config)))  # It writes into its argument.
         except Exception as error:  # Whatever a foreign file makes of foreign code: it is the file that is wrong.
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"config.json is none of a {kind.model_type}, says transformers: {reason}") from error
+            raise ValueError(
+                f"{place} is none of a {kind.model_type}, says transformers: {type(error).__name__}: {one_line(error)}"
+            ) from error
     return hf_config.get_text_config()
 
 

@@ -299,7 +299,7 @@ class EngineActor(ProcessActor):
         endpoints = endpoints or outside_endpoints(section)
         engine = SGLangEngine(endpoints, section, hf_path, config.cluster.startup_timeout_s)
         checkpoint = HFCheckpoint(hf_path)
-        family = get_family(checkpoint.config)
+        family = get_family(checkpoint.config, f"{hf_path}/config.json")
         exported = (item for item in checkpoint.iter_tensors() if not family.ignores(item[0]))
         precision = RolloutPrecision.of_checkpoint(config.precision, checkpoint.config, checkpoint.names())
         publish(

@@ -16,7 +16,6 @@ driver.json has its own checksum and those of the others; trainer/checksums.json
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import shutil
 import time
@@ -47,6 +46,7 @@ from drpo_megatron.files import (
 )
 from drpo_megatron.orchestration.changeable import refused, settings
 from drpo_megatron.orchestration.run_lock import RunLock
+from drpo_megatron.reading import read_json_object
 from drpo_megatron.rollout.dump import identity, rollout_file, write_rollout
 from drpo_megatron.types import RolloutGroup
 
@@ -158,7 +158,7 @@ class RunDirectory:
         if not checkpoints or _step(checkpoints[-1]) < config.run.num_steps or not self.summary_file.is_file():
             return False
         try:
-            done = json.loads(self.summary_file.read_text(encoding="utf-8"))["num_steps"] >= config.run.num_steps
+            done = read_json_object(self.summary_file)["num_steps"] >= config.run.num_steps
         except (ValueError, KeyError, TypeError):
             return False
         return done and (not config.checkpoint.save_hf or (self.hf / "config.json").is_file())

@@ -81,7 +81,7 @@ def _build(config: Config) -> dict[int, BuiltStage]:
 
     platform, parallel = platforms.activate_meta(), config.parallel
     hf_config = AutoConfig.from_pretrained(config.model.hf_path, local_files_only=True, trust_remote_code=False)
-    family = get_family(hf_config)
+    family = get_family(hf_config, f"{config.model.hf_path}/config.json")
     stages = sorted({0, min(1, parallel.pipeline - 1), parallel.pipeline - 1})
     built = {}
     for stage in stages:

@@ -13,13 +13,14 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from drpo_megatron.config import Config
 from drpo_megatron.config.hf_config import read_hf_config
 from drpo_megatron.config.sections import WarmupSection
 from drpo_megatron.data.jsonl import read_jsonl, write_jsonl
-from drpo_megatron.types import Completion, Prompt, RolloutGroup, RoutedExperts
+from drpo_megatron.reading import short
+from drpo_megatron.types import Completion, FinishReason, Prompt, RolloutGroup, RoutedExperts
 
 _FORMAT = 1
 _MAX_LOGPROB = 1e-3
@@ -113,6 +114,7 @@ def group_from_dict(fields: dict[str, Any], place: str) -> RolloutGroup:
             completions=tuple(Completion(**{name: _read(value) for name, value in c.items()}) for c in completions),
             rewards=tuple(fields["rewards"]),
         )
+        _check_kinds(group)
         _check_lengths(group)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{place} is not a rollout group: {error}") from error
@@ -172,6 +174,33 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("prompt_id", "answer", "text"), (str,)),
+    **dict.fromkeys(("token_ids", "logprobs", "version_spans"), (tuple,)),
+    **dict.fromkeys(("topk_ids", "topk_logprobs"), (tuple, type(None))),
+    "metadata": (dict,),
+    "policy_version": (int,),
+    "routed_experts": (RoutedExperts, type(None)),
+}
+"""Of the fields of prompts and completions; numbers in them are looked at later."""
+
+
+def _check_kinds(group: RolloutGroup) -> None:
+    for what, part in [("prompt", group.prompt), *((f"completion {i}", c) for i, c in enumerate(group.completions))]:
+        for name, kinds in _KINDS.items():
+            if hasattr(part, name) and not isinstance(getattr(part, name), kinds):
+                raise ValueError(f"{name} of the {what} is {short(repr(getattr(part, name)))}")
+    for index, completion in enumerate(group.completions):
+        if completion.finish_reason not in get_args(FinishReason):
+            raise ValueError(f"finish_reason of completion {index} is {short(repr(completion.finish_reason))}")
+        spans = [tuple(map(type, span)) for span in completion.version_spans if isinstance(span, tuple)]
+        if spans != [(int, int)] * len(completion.version_spans):
+            raise ValueError(f"version_spans of completion {index} are not pairs of numbers")
+        for name in ("topk_ids", "topk_logprobs"):
+            if not all(isinstance(row, tuple) for row in getattr(completion, name) or ()):
+                raise ValueError(f"{name} of completion {index} are not a list a token")
+
+
 def _check_lengths(group: RolloutGroup) -> None:
     if len(group.rewards) != len(group.completions):
         raise ValueError(f"it has {len(group.completions)} completions and {len(group.rewards)} rewards")
@@ -186,5 +215,15 @@ def _check_lengths(group: RolloutGroup) -> None:
 
 def _read(value: Any) -> Any:
     if isinstance(value, dict):
-        return RoutedExperts(tuple(value["shape"]), b64decode(value["data"], validate=True))
+        return _routed(tuple(value["shape"]), b64decode(value["data"], validate=True))
     return tuple(map(_read, value)) if isinstance(value, list) else value
+
+
+def _routed(shape: tuple[Any, ...], data: bytes) -> RoutedExperts:
+    if (
+        [type(n) for n in shape] != [int] * 3
+        or min(shape) < 0
+        or len(data) not in (math.prod(shape), 2 * math.prod(shape))
+    ):
+        raise ValueError(f"routed experts of shape {short(list(shape))} in {len(data)} bytes")
+    return RoutedExperts(shape, data)

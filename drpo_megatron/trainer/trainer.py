@@ -61,7 +61,7 @@ class Trainer:
         self.hf_config = AutoConfig.from_pretrained(
             config.model.hf_path, local_files_only=True, trust_remote_code=False
         )
-        self.family = get_family(self.hf_config)
+        self.family = get_family(self.hf_config, f"{config.model.hf_path}/config.json")
         tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path, local_files_only=True, trust_remote_code=False)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.chunks = setup.build_model(config, self.family, self.hf_config, self.layout, self.platform)

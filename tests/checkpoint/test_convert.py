@@ -6,6 +6,7 @@ import filecmp
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from drpo_megatron.checkpoint.checksums import CHECKSUMS_FILE
 from drpo_megatron.checkpoint.hf import INDEX_FILE, HFCheckpoint
 from drpo_megatron.checkpoint.torch_dist import Box, TorchDistCheckpoint
 from drpo_megatron.conversion.to_hf import megatron_to_hf
@@ -331,6 +333,7 @@ def test_a_full_disk_is_seen_first(model: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_damaged_megatron_checkpoints_are_named(converted: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(converted, tmp_path / "broken"))
+    (broken / CHECKSUMS_FILE).unlink()  # As other tools and older versions leave them.
     file = broken / "__0_0.distcp"
     size = file.stat().st_size
     with file.open("r+b") as stream:
@@ -351,7 +354,7 @@ def test_a_checkpoint_of_another_shape_is_named(converted: Path, tmp_path: Path)
     with pytest.raises(
         ValueError, match=r"misshapen: decoder.layers.0.mlp.experts.experts.linear_fc1.weight is \[4, 48"
     ):
-        megatron_to_hf(other, tmp_path / "out", say=silent)
+        megatron_to_hf(other, tmp_path / "out", skip_checksums=True, say=silent)
 
 
 class Boom:
@@ -363,8 +366,24 @@ def test_metadata_never_runs_code(converted: Path, tmp_path: Path, capsys: pytes
     trap = Path(shutil.copytree(converted, tmp_path / "trap"))
     (trap / ".metadata").write_bytes(pickle.dumps(Boom()))
     with pytest.raises(ValueError, match=r"refers to builtins.print, which checkpoints have no use for"):
-        megatron_to_hf(trap, tmp_path / "out", say=silent)
+        megatron_to_hf(trap, tmp_path / "out", skip_checksums=True, say=silent)
     assert "executed" not in capsys.readouterr().out
+
+
+def test_a_flipped_bit_in_any_file_is_found_before_anything_is_written(converted: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(converted, tmp_path / "damaged"))
+    files = [path for path in sorted(damaged.rglob("*")) if path.is_file()]
+    assert {".metadata", "common.pt", "__0_0.distcp", "tensors.json", CHECKSUMS_FILE} <= {path.name for path in files}
+    for number, file in enumerate(files):
+        good = file.read_bytes()
+        place = (number * 7919 + len(good) // 2) % len(good)
+        file.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        with pytest.raises(ValueError, match=re.escape(file.name)):
+            megatron_to_hf(damaged, tmp_path / "out", say=silent)
+        with pytest.raises(ValueError, match=re.escape(file.name)):
+            verify(tmp_path / "unread", damaged)  # Nothing else is looked at before.
+        file.write_bytes(good)
+    megatron_to_hf(damaged, tmp_path / "out", say=silent)
 
 
 def test_a_changed_weight_is_found(model: Path, converted: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from drpo_megatron.checkpoint.checksums import CHECKSUMS_FILE
 from drpo_megatron.checkpoint.hf import INDEX_FILE, HFCheckpoint, write_hf_checkpoint
 from drpo_megatron.checkpoint.hf_files import FOLDER, keep_hf_files_of_training
 from drpo_megatron.cli import main
@@ -204,7 +205,7 @@ def test_another_tools_checkpoint_is_exported_with_the_files_of_a_given_one(
     source = save_checkpoint(tmp_path / "hf", tiny_moe_config(num_hidden_layers=1))
     hf_to_megatron(source, tmp_path / "own", say=silent)
     foreign = tmp_path / "foreign" / "iter_0000010"
-    shutil.copytree(tmp_path / "own", foreign, ignore=shutil.ignore_patterns(FOLDER))
+    shutil.copytree(tmp_path / "own", foreign, ignore=shutil.ignore_patterns(FOLDER, CHECKSUMS_FILE))
     (foreign.parent / "latest_checkpointed_iteration.txt").write_text("10\n")
     other = save_checkpoint(tmp_path / "other", tiny_moe_config(num_hidden_layers=1), seed=1)
     shard(other, 2)
