@@ -10,6 +10,7 @@ import pytest
 
 from tests.pretended_gpu import fetch
 from tests.pretended_gpu.cases import Case, makers, run_case
+from tests.pretended_gpu.limits import EPS, NUM_DRAWS, Reference, perturbed, reference_of
 from tests.pretended_gpu.worker import Environment, Ranks
 from tests.tiny import save_checkpoint
 
@@ -48,18 +49,26 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]
 
 
 @pytest.fixture(scope="session")
-def reference(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Case], dict[str, Any]]]:
-    """What one rank of the CPU platform says of a case."""
-    known: dict[str, dict[str, Any]] = {}
+def reference(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Case], Reference]]:
+    """What one rank of the CPU platform says of a case, in FP32, and how far from it one may be."""
+    known: dict[str, Any] = {}
     with Ranks(CPU) as ranks:
 
-        def of(case: Case) -> dict[str, Any]:
+        def run(case: Case, draw: int = 0) -> dict[str, Any]:
+            """`draw`: of the weights, 0 for those that are trained elsewhere."""
+            if (key := f"{case} {draw}") not in known:
+                hf_path = checkpoint(case.family)
+                if draw:
+                    folder = tmp_path_factory.mktemp("hf") / "perturbed"
+                    hf_path = perturbed(hf_path, folder, EPS[case.dtype], draw)
+                known[key] = ranks.run(1, run_case, hf_path, case, str(tmp_path_factory.mktemp("cpu")))[0]
+            return known[key]
+
+        def of(case: Case) -> Reference:
             one = case.reference()
-            if repr(one) not in known:
-                known[repr(one)] = ranks.run(
-                    1, run_case, checkpoint(one.family), one, str(tmp_path_factory.mktemp("cpu"))
-                )[0]
-            return known[repr(one)]
+            exact = run(one.with_sections(trainer={"dtype": "fp32"}))
+            others = [run(one, draw) for draw in range(case.dtype == "fp32", NUM_DRAWS + 1)]
+            return reference_of(exact, others, case.dtype)
 
         yield of
 

@@ -9,9 +9,9 @@ import pytest
 
 from tests.pretended_gpu import fetch
 from tests.pretended_gpu.budget import MEGATRONS, problems
-from tests.pretended_gpu.cases import Case, assert_same
+from tests.pretended_gpu.cases import Case
 from tests.pretended_gpu.conftest import Train, engine_environment, megatron_environment, trainer_of
-from tests.pretended_gpu.test_local import AMPLIFIED
+from tests.pretended_gpu.limits import assert_same
 
 CASES = {
     "tp2ep2": Case(layout="tp2ep2", goes_on=True),
@@ -19,7 +19,7 @@ CASES = {
     "pp2": Case(layout="pp2"),
     "vpp2pp2": Case(layout="vpp2pp2"),
     "cp2": Case(layout="cp2"),
-    "qwen3.5": Case("qwen3.5", "tp2ep2", tolerance=AMPLIFIED),
+    "qwen3.5": Case("qwen3.5", "tp2ep2"),
     "tied": Case("dense-tied", "pp2"),
 }
 
@@ -41,7 +41,7 @@ def test_trains_like_the_cpu_with_transformer_engine(name: str, with_engine: Tra
     case = CASES[name]
     ranks = with_engine(case)
     assert all(rank["engine"] for rank in ranks)
-    assert_same(ranks, reference(case), case.tolerance)
+    assert_same(ranks, reference(case))
     assert [problem for rank in ranks for problem in problems(rank, MEGATRONS)] == []
     assert not case.goes_on or all(rank["resumed"] == [] for rank in ranks)
 
@@ -50,5 +50,5 @@ def test_trains_like_the_cpu_with_transformer_engine(name: str, with_engine: Tra
 def test_trains_like_the_cpu_without_it(name: str, without_engine: Train, reference: Any) -> None:
     case = CASES[name]
     ranks = without_engine(case)
-    assert_same(ranks, reference(case), case.tolerance)
+    assert_same(ranks, reference(case))
     assert not case.goes_on or all(rank["resumed"] == [] for rank in ranks)

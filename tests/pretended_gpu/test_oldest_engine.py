@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tests.pretended_gpu import fetch
-from tests.pretended_gpu.cases import Case, assert_same
+from tests.pretended_gpu.cases import Case
 from tests.pretended_gpu.conftest import Train, engine_environment, trainer_of
+from tests.pretended_gpu.limits import assert_same
 
 
 @pytest.fixture(scope="module")
@@ -23,4 +24,4 @@ def test_trains_like_the_cpu(layout: str, train: Train, reference: Any) -> None:
     case = Case(layout=layout)
     ranks = train(case)
     assert all(rank["engine"] for rank in ranks)
-    assert_same(ranks, reference(case), case.tolerance)
+    assert_same(ranks, reference(case))
