@@ -97,29 +97,20 @@ def pretended(directory: Path, *stages: str, num_devices: int) -> dict[str, Any]
     return found
 
 
-def test_the_code_of_a_gpu_runs_on_a_pretended_one(tmp_path: Path) -> None:
-    found = pretended(tmp_path, "loss", "layouts", num_devices=1)
-    assert statuses(found["loss"])["tp1, ours: gradients in bfloat16"] == "pass"
-    layouts = statuses(found["layouts"])
-    assert layouts["one rank, fp32, Megatron's layers"] == layouts["one rank, bf16, Megatron's layers"] == "pass"
-    assert layouts["dp2"] == "skipped"
-
-
-@pytest.mark.slow
 def test_the_code_of_two_gpus_runs_on_pretended_ones(tmp_path: Path) -> None:
     found = pretended(tmp_path, "collectives", "loss", "layouts", "recipes", "throughput", num_devices=2)
+    loss = statuses(found["loss"])
+    assert loss["tp1, ours: gradients in bfloat16"] == loss["tp2, ours: gradients in bfloat16"] == "pass"
     layouts = statuses(found["layouts"])
     for name in ("one rank", "dp2", "tp2", "ep2", "tp2 ep2", "etp2", "pp2", "pp2 vpp2", "cp2"):
         assert layouts[f"{name}, fp32, Megatron's layers"] == layouts[f"{name}, bf16, Megatron's layers"] == "pass"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not SGLANG.exists(), reason="SGLang's environment is not there; `make sglang-cpu` sets it up")
-def test_a_server_of_sglang_and_whole_runs(tmp_path: Path) -> None:
-    found = accept(tmp_path, "sglang", "quickstart")
+def test_a_server_of_sglang_and_a_whole_run(tmp_path: Path) -> None:
+    found = accept(tmp_path, "sglang", "quickstart", num_devices=1)
     server = statuses(found["sglang"])
     for what in ("disk", "tensor", "broadcast-gloo", "memory released and resumed"):
         assert server[f"fp32: {what}: log-probs, from transformers'"] == "pass"
     assert server["fp8"] == server["fp32: broadcast-nccl"] == "skipped"
-    runs = statuses(found["quickstart"])
-    assert runs == {"fp32": "pass", "fp8, emulated": "pass"}
+    assert statuses(found["quickstart"]) == {"fp8, emulated": "pass"}

@@ -49,7 +49,7 @@ def _runs(settings: Settings, results: Results) -> dict[str, list[str]]:
         common += ["run.num_steps=40", "eval.every=0"]
     if settings.device == "cpu":
         fp8 = ["precision.train=fp8-blockwise", "precision.rollout=fp8-block128"]
-        return {"fp32": [*common, "trainer.backend=cpu"], "fp8, emulated": [*common, "trainer.backend=cpu", *fp8]}
+        return {"fp8, emulated": [*common, "trainer.backend=cpu", *fp8]}
     common += ["trainer.backend=gpu", "trainer.dtype=bf16"]
     runs = {"bf16": common}
     hardware = find_hardware("gpu")
