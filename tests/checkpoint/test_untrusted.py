@@ -28,10 +28,16 @@ from drpo_megatron.checkpoint.torch_dist_reader import read_metadata
 from drpo_megatron.checkpoint.torch_save import load_saved
 from drpo_megatron.conversion.to_megatron import hf_to_megatron
 from tests.distributed import run_ranks
+from tests.pretended_gpu import fetch
+from tests.pretended_gpu.worker import Environment, Ranks
 from tests.tiny import random_samples, save_checkpoint, tiny_config, tiny_moe_config
 
 ENUMS = (_MEM_FORMAT_ENCODING, WriteItemType)
 """All that stand in the metadata of a checkpoint."""
+
+
+PLANTED_IN = ("embedding.word_embeddings.weight", "linear_qkv._extra_state/shard_0_1")
+"""Of what every version writes; 0.19's settings are a `common_state` among the shards."""
 
 
 class Trap:
@@ -54,14 +60,18 @@ def planted(directory: Path, trap: Trap) -> Iterator[str]:
     """Puts the trap into one place after the other, every other one as it was. What is named is the file."""
     good = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
     metadata = pickle.loads(good[".metadata"])
+    assert ("common.pt" in good) != any(index.fqn.startswith("common_state") for index in metadata.storage_data)
     traps = {".metadata": pickle.dumps(trap), "common.pt": saved({"optimizer": trap})}
     for name, data in traps.items():
         (directory / name).write_bytes(data)
         yield name
-        (directory / name).write_bytes(good[name])
+        if name in good:
+            (directory / name).write_bytes(good[name])
+        else:  # Megatron-Core 0.19 writes no common.pt, and reads an older one's.
+            (directory / name).unlink()
     for value in (trap, [trap], {"a": torch.zeros(2), "b": trap}):
         for index, place in metadata.storage_data.items():
-            if index.fqn.endswith(("embedding.word_embeddings.weight", "linear_qkv._extra_state/shard_0_1")):
+            if index.fqn.endswith(PLANTED_IN) or index.fqn.startswith("common_state"):
                 (directory / "trap.distcp").write_bytes(saved(value))
                 changed = metadata.storage_data | {
                     index: replace(place, relative_path="trap.distcp", offset=0, length=len(saved(value)))
@@ -131,6 +141,24 @@ def load_all(rank: int, world_size: int, hf_path: str, scratch: str) -> list[str
 def test_no_checkpoint_runs_code_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     hf_path = save_checkpoint(tmp_path / "hf", tiny_moe_config(num_hidden_layers=1))
     [problems] = run_ranks(1, load_all, str(hf_path), str(tmp_path), timeout_s=300)
+    assert problems == []
+
+
+def load_all_there(rank: int, num_ranks: int, environment: Environment, hf_path: str, scratch: str) -> list[str]:
+    import importlib.metadata
+
+    assert f"megatron-core=={importlib.metadata.version('megatron-core')}" in fetch.NEWEST_MEGATRON.packages
+    return load_all(rank, num_ranks, hf_path, scratch)
+
+
+def test_neither_does_one_with_the_newest_megatron_core(tmp_path: Path) -> None:
+    """Its reader is another one than 0.16.1's, and what is put in its place, too."""
+    if problem := fetch.fetch(fetch.NEWEST_MEGATRON):
+        pytest.skip(problem)
+    hf_path = save_checkpoint(tmp_path / "hf", tiny_moe_config(num_hidden_layers=1))
+    environment = Environment("cpu-newest", (fetch.NEWEST_MEGATRON.folder,), gpu=False)
+    with Ranks(environment) as ranks:
+        [problems] = ranks.run(1, load_all_there, str(hf_path), str(tmp_path))
     assert problems == []
 
 
