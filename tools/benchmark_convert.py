@@ -1,6 +1,7 @@
 """Peak memory and speed of conversions against `cp` of the same files, in the same run.
 
     python tools/benchmark_convert.py [--gigabytes 6.5] [--repeats 3] [--scratch DIR] [--json FILE]
+    python tools/benchmark_convert.py --checksums [--gigabytes 2.4]       what the checksums of Megatron's side cost
 
 Makes a checkpoint of random weights in shards of 1 GB, as wide as Qwen3-30B-A3B and as deep as the size allows, and
 then, each time with the source out of the page cache and the target on the disk at the end (`sync`):
@@ -36,6 +37,16 @@ from safetensors.torch import save_file
 from drpo_megatron.models import get_family
 
 ROOT = Path(__file__).parents[1]
+WITHOUT = """
+import sys
+from drpo_megatron.cli import main
+from drpo_megatron.conversion import to_megatron
+
+to_megatron.sum_of_new = lambda path: None
+to_megatron.write_checksums_of_all = lambda directory, known: None
+sys.exit(main(["convert", *sys.argv[1:]]))
+"""
+"""`hf-to-megatron` as it would be without checksums."""
 CONFIG = ROOT / "examples" / "models" / "Qwen3-30B-A3B-Base" / "config.json"
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
 SHARD_BYTES = 10**9
@@ -53,12 +64,16 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=6.5, help="least size of the checkpoint (default 6.5)")
     parser.add_argument("--repeats", type=int, default=3, help="times that everything is measured (default 3)")
     parser.add_argument("--scratch", type=Path, help="where to work (default: the system's temporary directory)")
+    parser.add_argument("--checksums", action="store_true", help="what checksums cost, and nothing else")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="benchmark-convert-", dir=args.scratch) as scratch:
         needed, free = int(args.gigabytes * 1.3e9) * 3, shutil.disk_usage(scratch).free
         if free < needed:
             parser.error(f"{scratch} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed; use --scratch")
+        if args.checksums:
+            print(measure_checksums(Path(scratch), args.gigabytes * 1e9, args.repeats))
+            return
         figures = measure(Path(scratch), args.gigabytes * 1e9, args.repeats)
     print(report(figures))
     if args.json:
@@ -85,6 +100,36 @@ def measure(scratch: Path, least_bytes: float, repeats: int) -> dict[str, Any]:
                 found[action][name].append(value)
         require_equal(source, back)
     return {"num_bytes": num_bytes, "num_files": len(list(source.iterdir())), "conversions": found}
+
+
+def measure_checksums(scratch: Path, least_bytes: float, repeats: int) -> str:
+    """Both conversions with and without checksums by turns, the order swapped each time; medians of the pairs' ratios."""
+    source, megatron, back = (scratch / name for name in ("source", "megatron", "back"))
+    num_bytes, lines = make_checkpoint(source, least_bytes), []
+    to_megatron = ("hf-to-megatron", "--hf", source, "--out", megatron)
+    to_hf = ("megatron-to-hf", "--megatron", megatron, "--out", back)
+    kinds = {
+        "hf-to-megatron": ((TOOL, *to_megatron), ("-c", WITHOUT, *to_megatron), source, megatron),
+        "megatron-to-hf": ((TOOL, *to_hf), (TOOL, *to_hf, "--skip-checksums"), megatron, back),
+    }
+    for action, (with_, without, given, out) in kinds.items():
+        pairs = []
+        for number in range(repeats):
+            seconds = {}
+            for command in (with_, without) if number % 2 else (without, with_):
+                shutil.rmtree(out, ignore_errors=True)
+                seconds[command], _ = timed([sys.executable, *command], given, out)
+            pairs.append((seconds[with_], seconds[without]))
+        if action == "hf-to-megatron":  # The way back begins with what carries checksums.
+            shutil.rmtree(out)
+            timed([sys.executable, *with_], given, out)
+        ratios = sorted(one / other for one, other in pairs)
+        medians = [statistics.median(column) for column in zip(*pairs, strict=True)]
+        lines.append(
+            f"{action:15} with {medians[0]:.1f} s, without {medians[1]:.1f} s, ratio {statistics.median(ratios):.3f} "
+            f"({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        )
+    return "\n".join([f"checkpoint of {num_bytes / 1e9:.2f} GB", *lines])
 
 
 def require_equal(source: Path, back: Path) -> None:

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import (
     CheckpointingException,
     LocalNonpersistentObject,
     ShardedObject,
+    ShardedTensor,
     is_main_replica,
 )
 from safetensors.torch import load_file, save_file
@@ -34,6 +35,7 @@ from drpo_megatron.checkpoint.hf_files import FOLDER, keep_hf_files_of_training
 from drpo_megatron.checkpoint.megatron_load import load_by_fixed_lists
 from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
 from drpo_megatron.files import CannotWrite, explained, flush_tree, require_free_space, write_text
+from drpo_megatron.models.names import spellings
 from drpo_megatron.reading import read_json_object
 
 COUNTERS_FILE = "trainer.json"
@@ -130,13 +132,13 @@ def load_weights(directory: str | Path, chunks: Sequence[Any]) -> None:
 
     Raises: ValueError for a directory that holds no finished checkpoint, or a damaged one.
     """
-    TorchDistCheckpoint(directory)  # For its errors, which name what is missing.
+    stored = TorchDistCheckpoint(directory).tensors.keys()
     if problems := find_damage(Path(directory)):
         raise ValueError(f"checkpoint {directory} can't be used: {'; '.join(problems[:3])}")
     with _named(directory):
         state = _sharded_model(chunks, _sharding_metadata())
         # The rest (Transformer Engine's FP8 state) stays as it is. A stranger's is pickled, and means nothing here.
-        state = dict_list_map_outplace(_kept_unless_tensor, state)
+        state = _in_keys(dict_list_map_outplace(_kept_unless_tensor, state), stored)
         loaded = load_by_fixed_lists(state, directory, with_settings=False)
         for index, chunk in enumerate(chunks):
             chunk.module.load_state_dict(loaded[_model_key(chunks, index)], strict=True)
@@ -147,14 +149,25 @@ def load_checkpoint(directory: Path, chunks: Sequence[Any], optimizer: Any, sche
 
     Raises: ValueError, as `load_weights`.
     """
-    TorchDistCheckpoint(directory)
+    stored = TorchDistCheckpoint(directory).tensors.keys()
     with _named(directory):
-        state = _sharded_state(chunks, optimizer, is_loading=True)
+        state = _in_keys(_sharded_state(chunks, optimizer, is_loading=True), stored)
         loaded = load_by_fixed_lists(state, directory, with_settings=True)
         for index, chunk in enumerate(chunks):
             chunk.module.load_state_dict(loaded[_model_key(chunks, index)], strict=True)
         optimizer.load_state_dict(loaded["optimizer"])
         schedule.load_state_dict(loaded["schedule"])
+
+
+def _in_keys(state: dict[str, Any], stored: Collection[str]) -> dict[str, Any]:
+    """The state in the keys of a checkpoint that the other layer spec may have written."""
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, ShardedTensor) and value.key not in stored:
+            value.key = next((key for key in spellings(value.key) if key in stored), value.key)
+        return value
+
+    return dict_list_map_outplace(renamed, state)
 
 
 def _kept_unless_tensor(value: Any) -> Any:

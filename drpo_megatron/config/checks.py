@@ -264,19 +264,11 @@ def _batch_problems(config: Config) -> Iterator[str]:
 
 
 def _routing_problems(config: Config, model: HFModelConfig) -> Iterator[str]:
-    replay, engine = config.trainer.routing_replay, config.rollout.engine
-    if replay == "off":
-        return
-    if model.num_experts is None:
+    replay = config.trainer.routing_replay
+    if replay != "off" and model.num_experts is None:
         yield (
             f"trainer.routing_replay={replay}, but {model.model_type} is a dense model without experts to choose from; "
             "set trainer.routing_replay=off"
-        )
-    if engine.name == "sglang" and engine.flags.get("enable-return-routed-experts") is False:
-        yield (
-            f"trainer.routing_replay={replay} needs routed experts from the engine, and "
-            "rollout.engine.flags.enable-return-routed-experts=false forbids SGLang to report them; leave the flag out, "
-            "or set trainer.routing_replay=off"
         )
 
 

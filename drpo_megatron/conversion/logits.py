@@ -78,7 +78,7 @@ def _megatron_logits(hf: Path, megatron: Path, ids: torch.Tensor, dtype: torch.d
     from drpo_megatron.trainer.forward import hidden_states
 
     checkpoint = TorchDistCheckpoint(megatron)
-    plan = ModelPlan.of(read_config(hf), HFCheckpoint(hf).names(), hf)
+    plan = ModelPlan.of(read_config(hf), HFCheckpoint(hf).names(), hf).fitted(checkpoint)
     plan.check(checkpoint)
     config = bare_config("bf16" if dtype == torch.bfloat16 else "fp32")
     sample = Sample("prompt", tuple(ids[:-1].tolist()), tuple(ids[-1:].tolist()), (0.0,), 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import Any, Literal
 import torch
 
 from drpo_megatron.checkpoint.model_check import differences
-from drpo_megatron.checkpoint.torch_dist import TorchDistCheckpoint
+from drpo_megatron.checkpoint.torch_dist import Box, TorchDistCheckpoint
 from drpo_megatron.config import Config
 from drpo_megatron.models import Family, get_family
 from drpo_megatron.models.family import typed_config
+from drpo_megatron.models.names import spellings
 from drpo_megatron.models.rules import HFTensor, Rule
 from drpo_megatron.trainer.pieces import CheckpointMap, Parameter, Piece, map_checkpoint
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_LAYERS = re.compile(r"decoder\.layers\.(\D.*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,16 @@ class ModelPlan:
         known = {name for rule in self.rules for name in (*(hf.name for hf in rule.hf), *rule.hf_copies)}
         return [name for name in names if name not in known]
 
+    def fitted(self, checkpoint: TorchDistCheckpoint) -> ModelPlan:
+        """The same model in the keys of a checkpoint: layers stacked in one tensor or each on its own, and norms as either
+        layer spec calls them. What isn't there in any of these ways keeps its key."""
+        num_layers, keys = self.hf_config.num_hidden_layers, checkpoint.tensors.keys()
+        parameters = {
+            key: Parameter(parameter.shape, tuple(_found(piece, keys, num_layers) for piece in parameter.pieces))
+            for key, parameter in self.checkpoint.parameters.items()
+        }
+        return replace(self, checkpoint=CheckpointMap(parameters, self.checkpoint.objects))
+
     def check(self, checkpoint: TorchDistCheckpoint) -> None:
         """ValueError that lists all keys of the model that the checkpoint lacks or has in another shape."""
         problems = set()
@@ -127,6 +142,24 @@ def bare_config(dtype: Literal["fp32", "bf16"] = "fp32") -> Config:
             "reward": {"name": "arithmetic"},
         }
     )
+
+
+def _found(piece: Piece, keys: Collection[str], num_layers: int) -> Piece:
+    """The piece, where a checkpoint of these keys has it."""
+    box = piece.box
+    for key in spellings(box.key):
+        if key in keys:
+            return piece._replace(box=box._replace(key=key))
+        if match := _LAYER.fullmatch(key):
+            stacked = f"decoder.layers.{match[2]}"
+            if stacked in keys:
+                offset, size = (int(match[1]), *box.offset), (1, *box.size)
+                return piece._replace(box=Box(stacked, offset, size), global_shape=(num_layers, *piece.global_shape))
+        elif match := _LAYERS.fullmatch(key):
+            apart = f"decoder.layers.{box.offset[0]}.{match[1]}"
+            if apart in keys:
+                return piece._replace(box=Box(apart, box.offset[1:], box.size[1:]), global_shape=piece.global_shape[1:])
+    return piece
 
 
 def _fits(piece: Piece, shape: tuple[int, ...]) -> bool:

@@ -167,7 +167,7 @@ class _Export:
         source = TorchDistCheckpoint(megatron)
         carried = CarriedFiles(megatron / FOLDER) if hf is None else GivenFiles(hf)
         before = carried.layout.tensors
-        model = ModelPlan.of(carried.config, before, carried.directory)
+        model = ModelPlan.of(carried.config, before, carried.directory).fitted(source)
         model.check(source)
         untrained = [name for name in model.extra(before) if model.family.ignores(name)]
         if unknown := set(model.extra(before)) - set(untrained):

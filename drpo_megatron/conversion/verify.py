@@ -44,12 +44,13 @@ def verify(hf: Path, megatron: Path, *, skip_checksums: bool = False) -> Verific
     """
     check_files(megatron, skip=skip_checksums)
     source, checkpoint = HFSource(hf), TorchDistCheckpoint(megatron)
-    source.model.check(checkpoint)
+    model = source.model.fitted(checkpoint)
+    model.check(checkpoint)
     lock, differences, num_cast = threading.Lock(), [], 0
 
     def compare(rule: Rule) -> None:
         nonlocal num_cast
-        for tensor, theirs in zip(rule.hf, source.model.read(checkpoint, rule), strict=True):
+        for tensor, theirs in zip(rule.hf, model.read(checkpoint, rule), strict=True):
             ours = source.get(tensor, theirs.dtype)
             found = _difference(ours, theirs)
             name = tensor.name if tensor.slice is None else f"{tensor.name}[{tensor.slice.index}]"
@@ -63,7 +64,7 @@ def verify(hf: Path, megatron: Path, *, skip_checksums: bool = False) -> Verific
 
     total = sum(source.info(name).num_bytes for name in source.names if name not in source.untrained)
     with progress_bar("verify", total) as advance:
-        run_tasks(source.model.rules, compare, num_bytes)
+        run_tasks(model.rules, compare, num_bytes)
     has_config = (megatron / FOLDER).is_dir()
     carried = CarriedFiles(megatron / FOLDER) if has_config else None
     untrained = source.untrained if carried is not None else []
@@ -73,7 +74,7 @@ def verify(hf: Path, megatron: Path, *, skip_checksums: bool = False) -> Verific
         found = _difference(source.stored.get(name, dtype=theirs.dtype), theirs)
         num_cast += found is None and source.info(name).dtype != theirs.dtype
         differences.extend([] if found is None else [f"{name}: {found}"])
-    num_tensors = sum(len(rule.hf) for rule in source.model.rules) + len(untrained)
+    num_tensors = sum(len(rule.hf) for rule in model.rules) + len(untrained)
     keys = [] if carried is None else config_differences(source.config, carried.config, carried.directory)
     return Verification(num_tensors, num_cast, sorted(differences), keys, has_config)
 

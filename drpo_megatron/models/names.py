@@ -1,6 +1,7 @@
 """Megatron parameter names of one rank -> keys that mean the same on every rank and in both layer specs.
 
-The two layer specs agree but for these:
+The two layer specs agree but for these, and their checkpoints but for the norm before experts, which the first calls as
+that before a dense MLP, and the second as here:
 
     local (torch) layers                               Transformer Engine layers
     input_layernorm.weight                             self_attention.linear_qkv.layer_norm_weight (attention)
@@ -12,7 +13,7 @@ The two layer specs agree but for these:
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from drpo_megatron.models.rules import Key
 
@@ -24,6 +25,15 @@ _FUSED_NORMS = {
     "self_attention.in_proj.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+
+
+def spellings(key: str) -> Iterator[str]:
+    """The key of a checkpoint's tensor, itself first, in every way in which one of the layer specs may write it."""
+    yield key
+    for fused, own in _FUSED_NORMS.items():
+        for one, other in ((fused, own), (own, fused)):
+            if key.endswith(f".{one}"):
+                yield key.removesuffix(one) + other
 
 
 def canonical_key(name: str, layers: Sequence[int], first_expert: int) -> Key:
