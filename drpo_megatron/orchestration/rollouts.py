@@ -100,7 +100,9 @@ class Rollouts:
         self._observe_failures(f"step {step}")
         chosen, passed_over = buffer.take(count, first_ticket)
         counters = {"rollout/num_dropped/sum": buffer.num_dropped, "reward/failures/sum": self.num_reward_failures}
-        return chosen, rollout_metrics(chosen, policy_version, others=[*passed_over, *dropped]) | counters
+        others = [*passed_over, *dropped]
+        self._watch.observe_rewards(f"step {step}", [group.rewards for group in (*chosen, *others)])
+        return chosen, rollout_metrics(chosen, policy_version, others=others) | counters
 
     def draw_ahead(self, step: int) -> None:
         """After the take of `step`: what the steps up to `max_staleness` later need, if the run has them."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from drpo_megatron.rounding import tolerance
 
 _MAX_BARREN = 3
 """Rollouts in a row without one reward, after which a run ends that had some before."""
+
+
+_MIN_GROUPS = 2
 
 
 class FailureWatch:
@@ -19,8 +24,29 @@ class FailureWatch:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
-        self._has_scored = self._has_warned = False
+        self._has_scored = self._has_warned = self._has_seen_rewards = False
         self._num_barren = 0
+
+    def observe_rewards(self, where: str, groups: Sequence[Sequence[float]]) -> None:
+        """Says of the first rollout that all its rewards are the same, as those are of a reward or of answers that can't
+        work. One prompt alone may well be too easy or too hard; of none that is said.
+
+        Args:
+            groups: the rewards of every prompt's responses.
+        """
+        if self._has_seen_rewards or not groups:
+            return
+        self._has_seen_rewards = True
+        rewards = [reward for group in groups for reward in group]
+        if self._has_warned or len(groups) < _MIN_GROUPS or not rewards:  # Failures count as 0, and are said already.
+            return
+        if max(rewards) - min(rewards) > tolerance(rewards):
+            return
+        self._say(
+            f"warning: all {len(rewards)} rewards in {where} are {rewards[0]:g}, of {len(groups)} different prompts, so it "
+            "teaches nothing; if they stay so, the reward or the answers don't fit what the model writes: rollout.dump=true "
+            "shows both"
+        )
 
     def observe(self, where: str, num_scored: int, failures: Mapping[str, Any]) -> None:
         """Says the first failure that there is, with its example.
