@@ -5,9 +5,11 @@ from __future__ import annotations
 import ipaddress
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -15,16 +17,17 @@ import pytest
 
 from drpo_megatron.orchestration.actors import _stay_on_the_network_of
 from drpo_megatron.orchestration.scratch import ray_directory, remove_abandoned
+from drpo_megatron.slurm.ray_node import ADDRESS_FILE
 from tests.orchestration import command
 
 
 def listening(processes: list[psutil.Process]) -> dict[str, str]:
     """Who listens where."""
     return {
-        f"{socket.laddr.ip} {socket.laddr.port}": " ".join(process.cmdline())[:120]
+        f"{place.laddr.ip} {place.laddr.port}": " ".join(process.cmdline())[:200]
         for process in processes
-        for socket in process.net_connections(kind="inet")
-        if socket.status == psutil.CONN_LISTEN or (socket.type.name == "SOCK_DGRAM" and not socket.raddr)
+        for place in process.net_connections(kind="inet")
+        if place.status == psutil.CONN_LISTEN or (place.type.name == "SOCK_DGRAM" and not place.raddr)
     }
 
 
@@ -106,3 +109,36 @@ def test_the_directory_is_gone_after_the_block_and_its_paths_are_short() -> None
         assert len(str(socket).replace(str(os.getpid()), "4194304")) <= 107
         assert directory.is_dir()
     assert not directory.parent.exists()
+
+
+def test_of_ray_in_a_job_only_its_own_servers_listen_everywhere(tmp_path: Path) -> None:
+    """The others take the address of the node; the dashboard's page isn't served."""
+    addresses = [a.address for found in psutil.net_if_addrs().values() for a in found if a.family == socket.AF_INET]
+    outside = next((address for address in addresses if not is_loopback(address)), None)
+    if outside is None:
+        pytest.skip("this machine has no address but loopback")
+    (tmp_path / "nodes").write_text(f"NodeName=here NodeAddr={outside}\n")
+    program = (
+        "import sys; from pathlib import Path; from drpo_megatron.slurm.ray_node import run_node\n"
+        "sys.exit(run_node(Path(sys.argv[1]), 'here', is_head=True, num_cpus=1, timeout_s=300))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(command.ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=environment)
+    try:
+        deadline = time.monotonic() + 300
+        while not (tmp_path / ADDRESS_FILE).is_file():
+            assert process.poll() is None and time.monotonic() < deadline, "Ray did not start"
+            time.sleep(0.2)
+        time.sleep(2)  # What comes up after the head.
+        family = command.descendants(process)
+        found = listening(family)
+    finally:
+        process.send_signal(signal.SIGUSR2)
+        code = process.wait(120)
+    assert code == 0
+    assert not any(place.endswith(" 8265") for place in found)
+    everywhere = [who for place, who in found.items() if ipaddress.ip_address(place.split()[0]).is_unspecified]
+    known = ("gcs/gcs_server", "raylet/raylet", "ray::DashboardAgent", "_private/monitor.py", "dashboard/dashboard.py")
+    assert [who for who in everywhere if not any(name in who for name in known)] == []
+    (address,) = (tmp_path / ADDRESS_FILE).read_text().split()
+    assert address.startswith(f"{outside}:")
