@@ -33,8 +33,8 @@ def read_prompts(path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBas
     places: dict[str, str] = {}
     prompt_field, answer_field = config.data.prompt_field, config.data.answer_field
     for place, fields in read_jsonl(path):
-        question = _text(fields, prompt_field, place)
-        answer = _text(fields, answer_field, place)
+        question = _text(fields, prompt_field, place, "data.prompt_field")
+        answer = _text(fields, answer_field, place, "data.answer_field")
         prompt_id = _id(fields, place, f"{Path(path).stem}-{len(prompts)}")
         if prompt_id in places:
             raise ValueError(
@@ -175,9 +175,12 @@ def _encoded(place: str, tokenizer: PreTrainedTokenizerBase, question: str, conf
         raise ValueError(f"{place}: {error}") from error
 
 
-def _text(fields: dict[str, Any], name: str, place: str) -> str:
+def _text(fields: dict[str, Any], name: str, place: str, key: str | None = None) -> str:
+    """`key` is that of the configuration which gives the name."""
     if name not in fields:
-        raise ValueError(f"{place} has no field {name!r}; it has: {short(', '.join(fields)) or 'none'}")
+        there = short(", ".join(fields)) or "none"
+        named = f"; {key} says which is read" if key else ""
+        raise ValueError(f"{place} has no field {short(repr(name))}; it has: {there}{named}")
     value = fields[name]
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)

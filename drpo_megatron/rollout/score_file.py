@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from drpo_megatron.files import write_text
-from drpo_megatron.reading import checked, parse_json_object, read_text
+from drpo_megatron.reading import checked, parse_json_object, read_text, short
 from drpo_megatron.rollout.evaluation import ProblemScores
 
 
@@ -50,8 +50,8 @@ class ScoreFile:
         for name, wanted in settings.items():
             if found.get(name) != wanted:
                 raise ValueError(
-                    f"{self.path} holds scores with {name}={found.get(name)!r}, not {wanted!r}; give another --out, or "
-                    "remove it"
+                    f"{self.path} holds scores with {name}={short(repr(found.get(name)))}, not {short(repr(wanted))}; give "
+                    "another --out, or remove it"
                 )
 
     def _read(self, lines: list[str]) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from drpo_megatron.checkpoint.checksums import CHECKSUMS_FILE
 from drpo_megatron.checkpoint.hf import HFCheckpoint
 from drpo_megatron.conversion.to_hf import megatron_to_hf
 from drpo_megatron.conversion.to_megatron import hf_to_megatron
 from drpo_megatron.conversion.verify import verify
 from tests.checkpoint.test_convert import shard, silent
+from tests.checkpoint.test_foreign import TE_NORM, rename
 from tests.distributed import run_ranks
 from tests.tiny import save_checkpoint, tiny_config, tiny_moe_config, tiny_qwen2_config, tiny_qwen3_5_config
 
@@ -23,6 +25,8 @@ MODELS: dict[str, Any] = {
 }
 DENSE = "qwen2_tied"
 """This one is trained in BF16, the others in FP32."""
+TE_SPELLED = "qwen3_moe_some_dense"
+"""The norm before its experts is called as Transformer Engine's layers call it."""
 TP2PP2EP2 = {"num_ranks": 4, "tensor": 2, "sequence": True, "pipeline": 2, "expert": 2}
 
 
@@ -50,6 +54,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, hf_config in MODELS.items():
         hf_to_megatron(save_checkpoint(root / name / "hf", hf_config), root / name / "megatron", say=silent)
         shard(save_checkpoint(root / name / "others_weights", hf_config, seed=1), 3)
+    rename(root / TE_SPELLED / "megatron/.metadata", *TE_NORM)
+    (root / TE_SPELLED / "megatron" / CHECKSUMS_FILE).unlink()
     run_ranks(4, start_and_save, root, timeout_s=600)
     return root
 
