@@ -61,6 +61,23 @@ def test_training_goes_on_with_a_full_disk_and_without_a_reader(tmp_path: Path, 
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "no step's numbers are lost"
 
 
+def test_a_last_checkpoint_without_room_fails_the_run_and_leaves_nothing_half_made(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    """Exit code 1: what was learnt is lost with the processes. The numbers of its steps are not."""
+    run = small_disk / "run"
+    sections = {"run": {"run_dir": str(run), "num_steps": 1}, "checkpoint": {"every": 100}, **_SHORT}
+    command.prepare(tmp_path, **sections)
+    code, output = command.run(tmp_path, "train", "run.yaml")
+    assert code == 1 and "Traceback" not in output, output
+    assert str(run / "checkpoints") in output and "free" in output, output
+    assert f"train --resume {run}" in output
+    assert [row["step"] for row in command.metrics(run)] == [1]
+    left = [path.name for path in run.rglob("*") if path.name.startswith(("step_", "hf", "summary"))]
+    assert left == [], left
+    assert not [path for path in run.rglob("*") if ".writing-" in path.name]
+
+
 @pytest.mark.slow
 def test_a_machine_without_memory_is_named_in_one_line_and_a_home_that_is_none_needs_no_word(tmp_path: Path) -> None:
     """Ray ends a process when the machine's memory is used to a share, set to nearly nothing here; HOME is /proc."""
