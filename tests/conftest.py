@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 STARTERS = ("subprocess", "multiprocessing", "ray", "drpo_megatron.orchestration", "drpo_megatron.rollout.sglang_")
 """Modules whose names start processes. A test that uses one is marked `processes`, by way of its fixtures and helpers, too."""
+
+# The same examples on every machine, each time; --hypothesis-profile=default draws others.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -112,6 +113,20 @@ def save_checkpoint(directory: Path, hf_config: Any, seed: int = 0) -> Path:
     fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     fast.save_pretrained(directory)
     return Path(directory)
+
+
+def plain_model(directory: Path) -> Any:
+    """transformers' model in FP32, of plain operations: what a fused one rounds inside, tests.float64 would not see."""
+    return AutoModelForCausalLM.from_pretrained(
+        directory, experts_implementation="eager", attn_implementation="eager", dtype=torch.float32
+    )
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Of a transformers model, by the names under which it saves its weights (stacked experts are taken apart)."""
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory, state_dict={name: weight.grad for name, weight in model.named_parameters()})
+        return load_file(Path(directory, "model.safetensors"))
 
 
 def tiny_config(hf_path: Path | str, parallel: dict[str, Any] | None = None, **sections: Any) -> Any:

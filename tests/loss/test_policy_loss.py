@@ -15,6 +15,11 @@ from tests.loss.reference import Case, make_case, reference_policy_loss, relativ
 DRPO = build({"name": "drpo", "delta": 0.15})
 MODES = {"fused": {}, "chunked": {"chunk_bytes": 4096}, "low_memory": {"low_memory": True}}
 TOLERANCE = 1e-5
+"""Of the largest magnitude (of the loss: of its rows' sum of magnitudes, since rows cancel). FP32's unit roundoff, 6e-8,
+times sqrt(n) of sums of 32 to 211 summands, and times e^(log pi - log mu) in the coefficients: some 1e-6, on any machine.
+A wrong row, shard, chunk or temperature is off by 1e-2 and more."""
+REORDERED = 2e-6
+"""The same numbers, summed in another order: sqrt(211) unit roundoffs are 9e-7, and each side has its own."""
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "drpo": {"name": "drpo", "delta": 0.15},
@@ -50,11 +55,19 @@ def assert_agrees(case: Case, objective: Any = DRPO, mode: dict[str, Any] | None
     out, grad_hidden, grad_weight = run(case, objective, **(mode or {}), **options)
     options.pop("vocab_size", None)
     expected = reference_policy_loss(case, objective, **options)
-    assert (out.loss - expected.loss).abs() < 1e-5 * expected.loss_magnitude
+    assert (out.loss - expected.loss).abs() < TOLERANCE * expected.loss_magnitude
     for name in ("logprobs", "entropy", "coef"):
         assert relative_error(getattr(out, name), getattr(expected, name)) < TOLERANCE, name
     assert relative_error(grad_hidden, expected.grad_hidden) < TOLERANCE
     assert relative_error(grad_weight[: case.weight.shape[0]], expected.grad_weight) < TOLERANCE
+
+
+def assert_reordered(case: Case, ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...]) -> None:
+    """The loss, then tensors: equal but for the order of sums. Matrices of another shape are summed in another order on
+    some machines, so that not even the same rows need be the same bits."""
+    assert (ours[0] - theirs[0]).abs() <= REORDERED * reference_policy_loss(case, DRPO).loss_magnitude
+    for mine, expected in zip(ours[1:], theirs[1:], strict=True):
+        assert relative_error(mine, expected) <= REORDERED
 
 
 def extras(case: Case, objective: Any) -> dict[str, torch.Tensor]:
@@ -93,7 +106,7 @@ def test_bf16_operands_cost_only_the_rounding_of_the_gradients(mode: dict[str, A
     case = case.with_(hidden=case.hidden.bfloat16(), weight=case.weight.bfloat16())
     out, grad_hidden, grad_weight = run(case, **mode)
     expected = reference_policy_loss(case, DRPO)
-    assert relative_error(out.loss, expected.loss) < TOLERANCE
+    assert (out.loss - expected.loss).abs() < TOLERANCE * expected.loss_magnitude
     assert relative_error(out.logprobs, expected.logprobs) < TOLERANCE
     assert grad_hidden.dtype == grad_weight.dtype == torch.bfloat16
     assert relative_error(grad_hidden, expected.grad_hidden) < 2**-8
@@ -128,7 +141,7 @@ def test_rows_without_advantage_add_exactly_nothing_but_report_their_logprob(mod
     out, grad_hidden, grad_weight = run(case.with_(behavior_logprobs=behavior), **mode)
     without, _, grad_weight_without = run(case.with_(weights=case.weights.masked_fill(idle, 0)), **mode)
     assert idle.any() and (grad_hidden[idle] == 0).all() and (out.coef[idle] == 0).all()
-    assert torch.equal(out.loss, without.loss) and torch.equal(grad_weight, grad_weight_without)
+    assert_reordered(case, (out.loss, grad_weight), (without.loss, grad_weight_without))
     assert relative_error(out.logprobs, reference_policy_loss(case, DRPO).logprobs) < TOLERANCE
     assert out.num_bad_behavior == int(idle.sum())
 
@@ -143,10 +156,12 @@ def test_bad_behavior_is_dropped_and_counted(bad: float, mode: dict[str, Any]) -
     weights[[0, 3]] = 0
     expected, *expected_gradients = run(case.with_(weights=weights), entropy_coef=0.1, **mode)
     assert out.num_bad_behavior == 2
-    assert torch.equal(out.loss, expected.loss)
-    for ours, theirs in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
-    assert all(torch.equal(out.metrics[name].data, s.data) for name, s in expected.metrics.items())
+    assert_reordered(case, (out.loss, *gradients), (expected.loss, *expected_gradients))
+    for name, statistic in expected.metrics.items():
+        ours = out.metrics[name]
+        # A quantile is known to half a percent, by its bins; a mean has the exact number of rows beside its sum.
+        assert ours.value() == pytest.approx(statistic.value(), rel=0.01, abs=TOLERANCE, nan_ok=True), name
+        assert len(ours.data) != 2 or ours.data[1] == statistic.data[1], name
 
 
 def test_bad_behavior_raises_and_names_the_row() -> None:
@@ -207,8 +222,11 @@ def test_padding_rows_have_no_probability_and_no_gradient_whatever_they_hold(mod
     padded = case.with_(weight=torch.cat([case.weight, padding]))
     out, grad_hidden, grad_weight = run(padded, entropy_coef=0.1, vocab_size=211, **mode)
     expected, expected_hidden, expected_weight = run(case, entropy_coef=0.1, **mode)
-    assert torch.equal(out.loss, expected.loss) and torch.equal(out.logprobs, expected.logprobs)
-    assert torch.equal(grad_hidden, expected_hidden) and torch.equal(grad_weight[:211], expected_weight)
+    assert_reordered(
+        case,
+        (out.loss, out.logprobs, grad_hidden, grad_weight[:211]),
+        (expected.loss, expected.logprobs, expected_hidden, expected_weight),
+    )
     assert (grad_weight[211:] == 0).all()
 
 
@@ -232,8 +250,8 @@ def test_repeatable_bitwise(mode: dict[str, Any]) -> None:
 def test_chunk_size_does_not_matter(chunk_bytes: int, low_memory: bool) -> None:
     case = make_case(num_tokens=20)
     ours, expected = run(case, chunk_bytes=chunk_bytes, low_memory=low_memory), run(case)
-    torch.testing.assert_close(ours[0].logprobs, expected[0].logprobs, rtol=2e-6, atol=2e-6)
-    assert relative_error(ours[1], expected[1]) < 2e-6 and relative_error(ours[2], expected[2]) < 2e-6
+    torch.testing.assert_close(ours[0].logprobs, expected[0].logprobs, rtol=REORDERED, atol=REORDERED)
+    assert_reordered(case, (ours[0].loss, *ours[1:]), (expected[0].loss, *expected[1:]))
 
 
 def test_packing_and_micro_batch_split_do_not_matter(mode: dict[str, Any]) -> None:
@@ -246,9 +264,8 @@ def test_packing_and_micro_batch_split_do_not_matter(mode: dict[str, Any]) -> No
         micro = Case(next(vectors), case.weight, *vectors)
         out, hidden[part], grad_weight = run(micro, **mode)
         loss, total = loss + out.loss.detach(), total + grad_weight
-        torch.testing.assert_close(out.logprobs, whole.logprobs[part], rtol=2e-6, atol=2e-6)
-    assert relative_error(loss, whole.loss) < 2e-6
-    assert relative_error(total, weight_gradient) < 2e-6 and relative_error(hidden, hidden_gradient) < 2e-6
+        torch.testing.assert_close(out.logprobs, whole.logprobs[part], rtol=REORDERED, atol=REORDERED)
+    assert_reordered(case, (loss, total, hidden), (whole.loss, weight_gradient, hidden_gradient))
 
 
 def test_without_grad_the_numbers_are_the_same_and_no_gradient_exists() -> None:

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from tests.distributed import run_ranks
 from tests.float64 import Exact, exact
 from tests.tiny import (
     VOCAB,
+    gradients,
+    plain_model,
     save_checkpoint,
     tiny_config,
     tiny_dense_config,
@@ -66,14 +68,16 @@ def loss_weights() -> torch.Tensor:
     return torch.randn(sum(LENGTHS), VOCAB, generator=torch.Generator().manual_seed(2))
 
 
-def in_megatron(rank: int, world_size: int, root: Path, parallel: dict[str, Any]) -> dict[str, Seen]:
+def in_megatron(
+    rank: int, world_size: int, root: Path, parallel: dict[str, Any], weights: dict[str, list[str]]
+) -> dict[str, Seen]:
     from drpo_megatron.trainer import platform
 
     platform.activate("cpu")
-    return {name: _one_model(root / name, parallel) for name in MODELS}
+    return {name: _one_model(root / name, parallel, weights[name]) for name in MODELS}
 
 
-def _one_model(directory: Path, parallel: dict[str, Any]) -> Seen:
+def _one_model(directory: Path, parallel: dict[str, Any], weights: list[str]) -> Seen:
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
     from drpo_megatron.models import get_family
@@ -111,14 +115,14 @@ def _one_model(directory: Path, parallel: dict[str, Any]) -> Seen:
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.copy_(parameter.main_grad)
-    gradients = export_hf_weights(
-        chunks, hf_config, layout.groups, names=load_file(directory / "gradients" / "model.safetensors").keys()
-    )
+    exported_gradients = export_hf_weights(chunks, hf_config, layout.groups, names=weights)
     identical = exported.keys() == parameters.keys() and all(
         tensor is None or (tensor.dtype == source[name].dtype and torch.equal(tensor, source[name]))
         for name, tensor in exported.items()
     )
-    return Seen(collected[0] if collected else None, {n: t.clone() for n, t in gradients if t is not None}, identical)
+    return Seen(
+        collected[0] if collected else None, {n: t.clone() for n, t in exported_gradients if t is not None}, identical
+    )
 
 
 @pytest.fixture(scope="module")
@@ -133,34 +137,26 @@ def reference(root: Path) -> dict[str, Exact]:
 
 
 def _reference(directory: Path, hf_config: Any) -> Exact:
-    model = _transformers_model(save_checkpoint(directory, hf_config))
-    return exact(model, lambda: _logits_and_gradients(model, directory / "gradients"))
+    model = plain_model(save_checkpoint(directory, hf_config))
+    return exact(model, lambda: _logits_and_gradients(model))
 
 
-def _logits_and_gradients(model: Any, directory: Path) -> dict[str, torch.Tensor]:
-    """Through `directory`: transformers saves other names than its parameters'."""
+def _logits_and_gradients(model: Any) -> dict[str, torch.Tensor]:
     model.zero_grad()
     # Rows of a batch know nothing of each other; and no token sees the padding after it.
     batch = torch.nn.utils.rnn.pad_sequence(sequences(), batch_first=True)
     rows = model(batch, use_cache=False).logits
     logits = torch.cat([row[:length] for row, length in zip(rows, LENGTHS, strict=True)])
     (logits * loss_weights().to(logits.dtype)).sum().backward()
-    model.save_pretrained(directory, state_dict={name: p.grad for name, p in model.named_parameters()})
-    return {"logits": logits.detach(), **load_file(directory / "model.safetensors")}
-
-
-def _transformers_model(directory: Path) -> Any:
-    """Of plain operations: what a fused one rounds inside would not be seen."""
-    return AutoModelForCausalLM.from_pretrained(
-        directory, experts_implementation="eager", attn_implementation="eager", dtype=torch.float32
-    )
+    return {"logits": logits.detach(), **gradients(model)}
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def seen(root: Path, reference: Any, request: pytest.FixtureRequest) -> list[dict[str, Seen]]:
     """Of every rank of a layout; all models run in one start of the ranks."""
     parallel = LAYOUTS[request.param]
-    return run_ranks(parallel["num_ranks"], in_megatron, root, parallel, timeout_s=300)
+    weights = {name: sorted(of.values.keys() - {"logits"}) for name, of in reference.items()}
+    return run_ranks(parallel["num_ranks"], in_megatron, root, parallel, weights, timeout_s=300)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -220,15 +216,13 @@ FAULTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_limits_pass_transformers_own_fp32_and_no_wrong_model(
-    root: Path, reference: Any, model: str, tmp_path: Path
-) -> None:
-    right = _logits_and_gradients(_transformers_model(root / model), tmp_path)
+def test_the_limits_pass_transformers_own_fp32_and_no_wrong_model(root: Path, reference: Any, model: str) -> None:
+    right = _logits_and_gradients(plain_model(root / model))
     assert reference[model].outside(right) == {}
     for fault, make in FAULTS.items():
-        wrong = _transformers_model(root / model)
+        wrong = plain_model(root / model)
         if make(wrong) is not NotImplemented:
-            assert reference[model].outside(_logits_and_gradients(wrong, tmp_path)), fault
+            assert reference[model].outside(_logits_and_gradients(wrong)), fault
 
 
 @pytest.mark.parametrize("model", MODELS)

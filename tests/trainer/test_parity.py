@@ -1,15 +1,22 @@
-"""Every layout trains like one process: same loss, log-probs and gradients, on real gloo ranks."""
+"""Every layout trains as transformers would: same loss, log-probs and gradients, on real gloo ranks.
+
+Each is compared with FP64, within what FP32 may lose there (tests.float64).
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from drpo_megatron.types import Sample
+from tests.by_transformers import by_trainer, drpo_step, exact_step
 from tests.distributed import run_ranks
-from tests.tiny import random_samples, save_checkpoint, tiny_config, tiny_moe_config
+from tests.float64 import Exact
+from tests.tiny import VOCAB, plain_model, random_samples, save_checkpoint, tiny_config, tiny_moe_config
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"num_ranks": 2, "tensor": 2, "sequence": True},
@@ -56,57 +63,51 @@ def hf_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def single(hf_path: Path) -> Any:
-    return run_ranks(1, one_step, str(hf_path), {}, {})[0]
+def reference(hf_path: Path) -> Exact:
+    return exact_step(plain_model(hf_path), random_samples(12))
 
 
-def assert_same(got: Any, expected: Any) -> None:
-    for sample_id, values in expected[0].items():
-        torch.testing.assert_close(torch.tensor(got[0][sample_id]), torch.tensor(values), rtol=1e-5, atol=1e-5)
-    for name in ("objective/loss", "optim/grad_norm", "policy/entropy/mean", "objective/weight/min", "mismatch/k1"):
-        assert got[1][name] == pytest.approx(expected[1][name], rel=1e-5, abs=1e-7), name
-    assert got[2].keys() == expected[2].keys()
-    worst = {n: ((got[2][n] - g).abs().max() / g.abs().max().clamp(min=1e-12)).item() for n, g in expected[2].items()}
-    name = max(worst, key=lambda n: worst[n])
-    assert worst[name] < 1e-5, f"{name}: relative difference {worst[name]:.1e}"
+def assert_same(got: Any, expected: Exact) -> None:
+    mine = by_trainer(*got)
+    assert mine.keys() == expected.values.keys()
+    assert expected.outside(mine) == {}
 
 
-def test_single_process_gradient_is_that_of_transformers(hf_path: Path, single: Any) -> None:
-    """DRPO's gradient by autograd through transformers' own model, sequence by sequence, no packing."""
-    from transformers import AutoModelForCausalLM
+def test_one_process_steps_like_transformers(hf_path: Path, reference: Exact) -> None:
+    """DRPO's loss and every gradient by autograd through transformers' own model, without packing."""
+    assert_same(run_ranks(1, one_step, str(hf_path), {}, {})[0], reference)
 
-    model = AutoModelForCausalLM.from_pretrained(hf_path)
-    samples, total = random_samples(12), torch.zeros(())
-    for sample in samples:
-        ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
-        start = len(sample.prompt_ids)
-        logprobs = model(ids).logits[0, start - 1 : -1].log_softmax(-1).gather(1, ids[0, start:, None]).squeeze(1)
-        torch.testing.assert_close(torch.tensor(single[0][sample.sample_id]), logprobs.detach(), rtol=1e-4, atol=1e-4)
-        mu, advantage = torch.tensor(sample.behavior_logprobs), sample.advantage
-        ratio, shift = (logprobs - mu).exp(), logprobs.exp() - mu.exp()
-        loss = -advantage * ratio + abs(advantage) * shift * (ratio - 1) / (2 * 0.15)
-        total = total + loss.sum() / 16 / len(samples)  # sequence sum / horizon, then the mean over sequences
-    total.backward()
-    assert single[1]["objective/loss"] == pytest.approx(total.item(), rel=1e-4)
-    reference = model.lm_head.weight.grad
-    torch.testing.assert_close(
-        single[2]["lm_head.weight"], reference, rtol=1e-3, atol=1e-4 * reference.abs().max().item()
-    )
-    router = model.model.layers[1].mlp.gate.weight.grad
-    got = single[2]["model.layers.1.mlp.gate.weight"]
-    torch.testing.assert_close(got, router, rtol=1e-3, atol=1e-4 * router.abs().max().item())
+
+def _scaled(samples: list[Sample], by: float) -> list[Sample]:
+    return [replace(samples[0], advantage=by * samples[0].advantage), *samples[1:]]
+
+
+def _shifted(samples: list[Sample]) -> list[Sample]:
+    """mu of the first sequence, by one token."""
+    mu = samples[0].behavior_logprobs
+    return [replace(samples[0], behavior_logprobs=(*mu[1:], mu[0])), *samples[1:]]
+
+
+def test_the_limits_pass_transformers_own_fp32_and_no_wrong_step(hf_path: Path, reference: Exact) -> None:
+    model, samples = plain_model(hf_path), random_samples(12)
+    assert reference.outside(drpo_step(model, samples)) == {}
+    assert reference.outside(drpo_step(model, samples, delta=0.1501)), "another delta"
+    assert reference.outside(drpo_step(model, _scaled(samples, 1.001))), "an advantage that is off by 0.1 %"
+    assert reference.outside(drpo_step(model, _shifted(samples))), "mu of another token"
+    model.lm_head.weight.data[: VOCAB // 2] *= 1.0001
+    assert reference.outside(drpo_step(model, samples)), "half of the LM head off by 0.01 %, as a wrong shard may be"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_equals_one_process(layout: str, hf_path: Path, single: Any) -> None:
+def test_layout_steps_like_transformers(layout: str, hf_path: Path, reference: Exact) -> None:
     parallel = LAYOUTS[layout]
     ranks = run_ranks(parallel["num_ranks"], one_step, str(hf_path), parallel, {}, timeout_s=300)
-    assert_same(ranks[0], single)
+    assert_same(ranks[0], reference)
     same_report = pytest.approx(ranks[0][1], rel=0, abs=0, nan_ok=True)  # NaN: shares of bins without a token
     assert all(rank[1] == same_report for rank in ranks), "reports differ between ranks"
     assert all(rank[0] == ranks[0][0] for rank in ranks), "log-probs differ between ranks"
 
 
-def test_packing_and_micro_batches_do_not_matter(hf_path: Path, single: Any) -> None:
-    assert_same(run_ranks(1, one_step, str(hf_path), {}, {"max_tokens_per_micro_batch": 40})[0], single)
-    assert_same(run_ranks(1, one_step, str(hf_path), {}, {"max_tokens_per_micro_batch": 1024})[0], single)
+def test_packing_and_micro_batches_do_not_matter(hf_path: Path, reference: Exact) -> None:
+    assert_same(run_ranks(1, one_step, str(hf_path), {}, {"max_tokens_per_micro_batch": 40})[0], reference)
+    assert_same(run_ranks(1, one_step, str(hf_path), {}, {"max_tokens_per_micro_batch": 1024})[0], reference)

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from torch.nn import functional as F
 
 from drpo_megatron.data.packing import split_optimizer_steps
 from drpo_megatron.types import RoutedExperts, Sample
+from tests.by_transformers import METRICS, by_trainer, exact_step, logprobs_all
 from tests.distributed import run_ranks
-from tests.tiny import random_samples, save_checkpoint, tiny_config, tiny_moe_config, tiny_qwen3_5_config
+from tests.float64 import Exact
+from tests.tiny import plain_model, random_samples, save_checkpoint, tiny_config, tiny_moe_config, tiny_qwen3_5_config
 from tests.trainer.test_parity import assert_same
 
 MOE_LAYERS, NUM_EXPERTS, K = (0, 2, 3), 4, 2
@@ -105,11 +107,11 @@ def single(root: Path) -> dict[str, Any]:
 
 
 class Forced:
-    """A transformers model whose routers take the trace of one sample at a time, weighing by their own probabilities."""
+    """A transformers model whose routers take the traces of samples, weighing by their own probabilities."""
 
     def __init__(self, hf_path: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(hf_path, dtype=torch.float32).eval()
-        self.trace: torch.Tensor | None = None
+        self.model = plain_model(hf_path)
+        self.traces: torch.Tensor | None = None
         self.own: list[torch.Tensor] = []
         routers = [module for module in self.model.modules() if type(module).__name__.endswith("TopKRouter")]
         for index, router in enumerate(routers):
@@ -117,63 +119,59 @@ class Forced:
 
     def route(self, index: int, logits: torch.Tensor, scores: torch.Tensor, own: torch.Tensor) -> Any:
         self.own.append(own)
-        if self.trace is None:
+        if self.traces is None:
             return None
-        # The last token has no trace.
-        ids = torch.cat([self.trace[:, index], own[-1:]])
+        trace = self.traces[:, index]
+        ids = torch.where(trace < 0, own, trace)
         probabilities = logits.softmax(-1).gather(1, ids)
         return logits, probabilities / probabilities.sum(-1, keepdim=True), ids
 
-    def logprobs(self, sample: Sample, replay: bool = True) -> torch.Tensor:
-        """[response tokens]"""
-        assert sample.routed_experts is not None
-        self.trace = torch.tensor(sample.routed_experts.ids().astype(np.int64)) if replay else None
-        self.own = []
-        ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
-        start = len(sample.prompt_ids)
-        logits = self.model(ids).logits[0, start - 1 : -1]
-        return logits.log_softmax(-1).gather(1, ids[0, start:, None]).squeeze(1)
+    def follow(self, samples: list[Sample]) -> Forced:
+        """The rows of a batch, one after the other. The last token of a sample and its padding have no trace."""
+        ids = [torch.tensor(sample.routed_experts.ids().astype(np.int64)) for sample in samples]
+        longest = max(sample.num_tokens for sample in samples)
+        padded = [F.pad(trace, (0, 0, 0, 0, 0, longest - len(trace)), value=-1) for trace in ids]
+        self.traces = torch.cat(padded)
+        return self
 
 
-def test_replay_is_transformers_with_its_routers_forced(root: Path, single: dict[str, Any]) -> None:
-    """Log-probs, loss, and the gradient of a router: the probabilities are its own."""
-    forced, samples, total = Forced(root / "moe"), traced_samples(), torch.zeros(())
-    logprobs, metrics, gradients = single["replayed"]
-    for sample in samples:
-        expected = forced.logprobs(sample)
-        torch.testing.assert_close(torch.tensor(logprobs[sample.sample_id]), expected.detach(), rtol=1e-4, atol=1e-4)
-        mu, advantage = torch.tensor(sample.behavior_logprobs), sample.advantage
-        ratio, shift = (expected - mu).exp(), expected.exp() - mu.exp()
-        loss = -advantage * ratio + abs(advantage) * shift * (ratio - 1) / (2 * 0.15)
-        total = total + loss.sum() / 16 / len(samples)
-    total.backward()
-    assert metrics["objective/loss"] == pytest.approx(total.item(), rel=1e-4)
-    for name in ("model.layers.0.mlp.gate.weight", "model.layers.3.mlp.gate.weight"):
-        router = forced.model.get_parameter(name).grad
-        torch.testing.assert_close(gradients[name], router, rtol=1e-3, atol=1e-4 * router.abs().max().item())
+@pytest.fixture(scope="module")
+def replayed(root: Path) -> Exact:
+    """A step of the Qwen3-MoE with its routers forced."""
+    samples = traced_samples()
+    return exact_step(Forced(root / "moe").follow(samples).model, samples)
+
+
+def test_replay_is_transformers_with_its_routers_forced(replayed: Exact, single: dict[str, Any]) -> None:
+    """Log-probs, loss, and the gradients, also those of the routers: the probabilities are their own."""
+    assert_same(single["replayed"], replayed)
+    assert replayed.outside(by_trainer(*single["other_trace"])).keys() >= set(METRICS)
 
 
 def test_replay_reaches_the_experts_of_hybrid_models(root: Path, single: dict[str, Any]) -> None:
-    forced = Forced(root / "hybrid")
-    for sample in traced_samples(num_layers=4):
-        got = torch.tensor(single["hybrid"][0][sample.sample_id])
-        torch.testing.assert_close(got, forced.logprobs(sample).detach(), rtol=1e-4, atol=1e-4)
+    samples = traced_samples(num_layers=4)
+    hybrid = exact_step(Forced(root / "hybrid").follow(samples).model, samples)
+    mine = by_trainer(*single["hybrid"])
+    # The published layout stacks experts, transformers saves one by one.
+    assert all(".mlp.experts." in name for name in hybrid.values.keys() ^ mine.keys())
+    assert hybrid.outside({name: mine[name] for name in hybrid.values.keys() & mine.keys()}) == {}
     assert single["hybrid"][1]["mismatch/router_flips/share"] == 0
 
 
 def test_flips_are_counted_token_by_token_and_layer_by_layer(root: Path, single: dict[str, Any]) -> None:
     """Against transformers' own choices, unforced for `measure`, and after the forced ones of lower layers for replay."""
-    forced = Forced(root / "moe")
+    forced, samples = Forced(root / "moe"), traced_samples()
     for replay, name, metric in ((False, "measured", "router_flips"), (True, "replayed", "router_overruled")):
-        flips = pairs = 0
-        for sample in traced_samples():
-            with torch.no_grad():
-                forced.logprobs(sample, replay)
-            trace = np.sort(sample.routed_experts.ids(), axis=-1)
-            own = np.sort(torch.stack(forced.own, dim=1)[:-1].numpy(), axis=-1)
-            flips, pairs = flips + (own != trace).any(-1).sum(), pairs + trace[..., 0].size
-        assert 0.5 < flips / pairs < 1
-        assert single[name][1][f"mismatch/{metric}/share"] == pytest.approx(flips / pairs, abs=1e-9)
+        trace = forced.follow(samples).traces
+        if not replay:
+            forced.traces = None
+        forced.own = []
+        with torch.no_grad():
+            logprobs_all(forced.model, samples)
+        own, is_traced = torch.stack(forced.own, dim=1).sort(-1).values, trace[:, 0, 0] >= 0
+        flips = (own != trace.sort(-1).values).any(-1)[is_traced].double().mean().item()
+        assert 0.5 < flips < 1
+        assert single[name][1][f"mismatch/{metric}/share"] == pytest.approx(flips, abs=1e-9)
     assert single["replayed"][1]["mismatch/router_flips/share"] == 0
     assert "mismatch/router_overruled/share" not in single["measured"][1]
     assert "mismatch/router_flips/share" not in single["untraced"][1]
@@ -222,11 +220,13 @@ def test_recomputation_replays_the_same_experts(single: dict[str, Any]) -> None:
         pytest.param(("tp2cp2",), marks=pytest.mark.slow),
     ],
 )
-def test_layouts_replay_like_one_process(names: tuple[str, ...], root: Path, single: dict[str, Any]) -> None:
+def test_layouts_replay_like_transformers(
+    names: tuple[str, ...], root: Path, single: dict[str, Any], replayed: Exact
+) -> None:
     num_ranks = CASES[names[0]][0]["num_ranks"]
     ranks = run_ranks(num_ranks, steps, root, names, timeout_s=1200)
     for name in names:
-        assert_same(ranks[0][name], single["replayed"])
+        assert_same(ranks[0][name], replayed)
         for rank in ranks:
             metrics = rank[name][1]
             assert metrics["mismatch/router_flips/share"] == 0, name
