@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -11,20 +12,29 @@ from drpo_megatron.types import Sample
 from tests.float64 import Exact, Values, exact
 from tests.tiny import gradients
 
+
+class Tokens(Protocol):
+    @property
+    def prompt_ids(self) -> tuple[int, ...]: ...
+    @property
+    def response_ids(self) -> tuple[int, ...]: ...
+
+
 HORIZON = 16
 """The tiny config's max_response_tokens."""
 METRICS = ("objective/loss", "optim/grad_norm", "policy/entropy/mean", "objective/weight/min", "mismatch/k1")
 
 
-def logprobs_all(model: Any, samples: list[Sample]) -> list[torch.Tensor]:
+def logprobs_all(model: Any, samples: Sequence[Tokens], temperature: float = 1.0) -> list[torch.Tensor]:
     """Of each sample, [response tokens, V]. Samples are rows of one batch: they know nothing of each other, and no
     token sees the padding after it."""
     batch = pad_sequence([torch.tensor([*s.prompt_ids, *s.response_ids]) for s in samples], batch_first=True)
-    rows = model(batch, use_cache=False).logits.log_softmax(-1)
-    return [row[len(s.prompt_ids) - 1 : s.num_tokens - 1] for row, s in zip(rows, samples, strict=True)]
+    rows = model(batch, use_cache=False).logits
+    rows = (rows / temperature).log_softmax(-1)
+    return [row[len(s.prompt_ids) - 1 :][: len(s.response_ids)] for row, s in zip(rows, samples, strict=True)]
 
 
-def of_responses(logprobs: list[torch.Tensor], samples: list[Sample]) -> list[torch.Tensor]:
+def of_responses(logprobs: list[torch.Tensor], samples: Sequence[Tokens]) -> list[torch.Tensor]:
     """Of each sample, [response tokens]: those of the tokens that were drawn."""
     ids = (torch.tensor(sample.response_ids)[:, None] for sample in samples)
     return [row.gather(1, tokens).squeeze(1) for row, tokens in zip(logprobs, ids, strict=True)]
@@ -58,6 +68,17 @@ def drpo_step(model: Any, samples: list[Sample], delta: float = 0.15) -> dict[st
 
 def exact_step(model: Any, samples: list[Sample]) -> Exact:
     return exact(model, lambda: drpo_step(model, samples))
+
+
+@torch.no_grad()
+def exact_logprobs(model: Any, samples: Sequence[Tokens], temperature: float = 1.0) -> Exact:
+    """Under `all`, [every response token, V]; under `drawn`, [every response token, 1]."""
+
+    def run() -> dict[str, torch.Tensor]:
+        whole = logprobs_all(model, samples, temperature)
+        return {"all": torch.cat(whole), "drawn": torch.cat(of_responses(whole, samples))[:, None]}
+
+    return exact(model, run)
 
 
 def by_trainer(logprobs: Any, metrics: dict[str, float], grads: Values) -> dict[str, torch.Tensor]:

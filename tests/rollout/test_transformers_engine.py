@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,8 +16,10 @@ from drpo_megatron.models import get_family
 from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
 from drpo_megatron.rollout.model_slots import checkpoint_slots
 from drpo_megatron.rollout.transformers_engine import TransformersEngine, draw, log_distribution
+from tests.by_transformers import exact_logprobs
 from tests.tiny import (
     VOCAB,
+    plain_model,
     save_checkpoint,
     tiny_dense_config,
     tiny_mixtral_config,
@@ -48,18 +50,23 @@ def requests(count: int, first_seed: int = 0) -> list[GenerationRequest]:
     ]
 
 
+class Answer(NamedTuple):
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+
+def answers(asked: list[GenerationRequest], completions: list[Any]) -> list[Answer]:
+    return [Answer(r.prompt_ids, c.token_ids) for r, c in zip(asked, completions, strict=True)]
+
+
 def assert_logprobs_are_the_models(engine: TransformersEngine, hf_path: Path, temperature: float) -> None:
-    model = AutoModelForCausalLM.from_pretrained(hf_path)
     asked = requests(24)
     completions = engine.generate(asked, SamplingParams(20, temperature))
     assert len({len(completion.token_ids) for completion in completions}) > 1  # Some leave the batch early.
-    for request, completion in zip(asked, completions, strict=True):
-        ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]])
-        with torch.no_grad():
-            logits = model(ids).logits[0, len(request.prompt_ids) - 1 : -1] / temperature
-        drawn = torch.tensor(completion.token_ids)
-        expected = logits.log_softmax(-1).gather(1, drawn[:, None]).squeeze(1)
-        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=1e-4, atol=1e-4)
+    drawn = torch.tensor([x for completion in completions for x in completion.logprobs])[:, None]
+    texts = answers(asked, completions)
+    assert exact_logprobs(plain_model(hf_path), texts, temperature).outside({"drawn": drawn}) == {}
+    assert exact_logprobs(plain_model(hf_path), texts, temperature * 1.001).outside({"drawn": drawn})
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
@@ -76,17 +83,17 @@ def test_states_of_gated_delta_nets_follow_their_rows(tmp_path: Path) -> None:
 
 
 def test_top_tokens_are_those_of_transformers_full_softmax(engine: TransformersEngine, hf_path: Path) -> None:
-    model, asked, temperature = AutoModelForCausalLM.from_pretrained(hf_path), requests(12), 1.3
+    asked, temperature = requests(12), 1.3
     completions = engine.generate(asked, SamplingParams(20, temperature, num_topk=6))
     assert completions[0].token_ids == engine.generate(asked, SamplingParams(20, temperature))[0].token_ids
-    for request, completion in zip(asked, completions, strict=True):
-        with torch.no_grad():
-            logits = model(torch.tensor([[*request.prompt_ids, *completion.token_ids]])).logits[0]
-        expected = (logits[len(request.prompt_ids) - 1 : -1] / temperature).log_softmax(-1)
-        got = torch.tensor(completion.topk_logprobs)
-        assert got.shape == (len(completion.token_ids), 6)
-        torch.testing.assert_close(got, expected.topk(6).values, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(expected.gather(1, torch.tensor(completion.topk_ids)), got, rtol=1e-4, atol=1e-4)
+    ids, logprobs = (
+        torch.cat([torch.tensor(getattr(completion, name)) for completion in completions])
+        for name in ("topk_ids", "topk_logprobs")
+    )
+    values, limits = exact_logprobs(plain_model(hf_path), answers(asked, completions), temperature)
+    assert logprobs.shape == (sum(len(completion.token_ids) for completion in completions), 6)
+    for expected in (values["all"].topk(6).values, values["all"].gather(1, ids)):
+        assert ((logprobs - expected).abs() <= limits["all"]).all()
 
 
 def test_eos_is_drawn_trained_and_last(engine: TransformersEngine) -> None:
