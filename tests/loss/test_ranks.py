@@ -21,6 +21,8 @@ EVERY_MODE = [
     for mode in ({}, {"chunk_bytes": 4096}, {"low_memory": True})
 ]
 NUM_TOKENS, VOCAB = 48, 212
+TOLERANCE = 1e-5
+"""As in test_policy_loss.py: ten times FP32's rounding; a wrong shard is off by 1e-2."""
 
 
 def even_shards(vocab: int = VOCAB) -> list[int]:
@@ -48,13 +50,13 @@ def assert_agrees(case: Case, sizes: list[int], objective: Any = DRPO, **options
     sequence_parallel = options.pop("sequence_parallel", False)
     expected = reference_policy_loss(case, objective, **options)
     expected_hidden = expected.grad_hidden.chunk(world)[rank] if sequence_parallel else expected.grad_hidden
-    assert (out.loss - expected.loss).abs() < 1e-5 * expected.loss_magnitude
+    assert (out.loss - expected.loss).abs() < TOLERANCE * expected.loss_magnitude
     for name in ("logprobs", "entropy", "coef"):
-        assert relative_error(getattr(out, name), getattr(expected, name)) < 1e-5, name
+        assert relative_error(getattr(out, name), getattr(expected, name)) < TOLERANCE, name
     # Over the whole gradient's magnitude: a shard's own may be tiny.
-    assert (grad_hidden - expected_hidden).abs().max() < 1e-5 * expected.grad_hidden.abs().max()
+    assert (grad_hidden - expected_hidden).abs().max() < TOLERANCE * expected.grad_hidden.abs().max()
     difference = grad_weight - expected.grad_weight.split(sizes)[rank]
-    assert difference.numel() == 0 or difference.abs().max() < 1e-5 * expected.grad_weight.abs().max()
+    assert difference.numel() == 0 or difference.abs().max() < TOLERANCE * expected.grad_weight.abs().max()
 
 
 def check_agreement_with_dense_float64() -> None:
@@ -90,7 +92,7 @@ def check_padding_rows_may_hold_nan() -> None:
     expected = reference_policy_loss(case, DRPO)
     for mode in EVERY_MODE:
         out, grad_hidden, grad_weight = run(padded, even_shards(), vocab_size=vocab, **mode)
-        assert relative_error(out.loss, expected.loss) < 1e-5
+        assert (out.loss - expected.loss).abs() < TOLERANCE * expected.loss_magnitude  # Rows cancel.
         assert grad_hidden.isfinite().all() and grad_weight.isfinite().all()
         if dist.get_rank() == dist.get_world_size() - 1:
             assert (grad_weight == 0).all()
@@ -130,8 +132,8 @@ def check_logprobs_alone() -> None:
             sequence_parallel=sequence_parallel,
             with_entropy=True,
         )
-        assert relative_error(out.logprobs, expected.logprobs) < 1e-5
-        assert relative_error(out.entropy, expected.entropy) < 1e-5
+        assert relative_error(out.logprobs, expected.logprobs) < TOLERANCE
+        assert relative_error(out.entropy, expected.entropy) < TOLERANCE
 
 
 def check_communication_does_not_grow_with_the_vocabulary() -> None:

@@ -16,7 +16,8 @@ def check_row_statistics() -> None:
         logits = torch.randn(5, columns) * 30
         logits[3] += 1e4
         expected = rows_module.row_statistics(logits, torch.empty(2, logits.numel()))
-        torch.testing.assert_close(kernels.row_statistics(logits), expected)
+        # sqrt(9001) unit roundoffs of a sum are 6e-6; a column more or less is 1e-4 of it.
+        torch.testing.assert_close(kernels.row_statistics(logits), expected, rtol=1e-5, atol=1e-5)
 
 
 def check_logit_gradient() -> None:
@@ -45,7 +46,7 @@ def check_whole_loss() -> None:
     out = vocab_parallel_policy_loss(hidden, weight, *case.vectors(), objective=objective, entropy_coef=0.1)
     out.loss.backward()
     expected = reference_policy_loss(case, objective, entropy_coef=0.1)
-    assert relative_error(out.loss, expected.loss) < 1e-5
+    assert (out.loss - expected.loss).abs() < 1e-5 * expected.loss_magnitude  # Rows cancel.
     assert relative_error(hidden.grad, expected.grad_hidden) < 1e-5
     assert relative_error(weight.grad, expected.grad_weight) < 1e-5
 

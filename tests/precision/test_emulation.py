@@ -52,6 +52,7 @@ def test_a_product_and_its_gradients_are_those_of_the_rounded_operands(name: str
         # The blocks of a transposed matrix, written out: square blocks are their own.
         return fake_quantize(operand.t().contiguous(), format).t().double()
 
+    # Sums of 35 to 160 products of size 1 in FP32: sqrt(160) * 100 * 6e-8 = 8e-5. The coarsest numbers move them by 1.
     expected = q(rows, "activation", True) @ q(w.detach(), "weight", True).t()
     torch.testing.assert_close(y.detach().reshape(35, 96).double(), expected, rtol=1e-5, atol=1e-4)
     dx = q(grads, "gradient", True) @ q(w.detach(), "weight", False)
@@ -127,8 +128,9 @@ def test_ranks_round_as_one_process_where_blocks_align(runs: Any, case: str) -> 
     # of other numbers would make a difference as large as that to no rounding at all.
     one, ranks = runs[0][case, "none"], runs[1][case, "none"]
     rounding = distance(one[2], runs[0]["none", "none"][2])
-    assert distance(ranks[2], one[2]) < max(0.2 * rounding, 1e-5)
-    assert ranks[1]["objective/loss"] == pytest.approx(one[1]["objective/loss"], rel=1e-5 if case == "none" else 1e-2)
+    # Without rounding FP32 loses some 1e-6 of the whole gradient; the mildest recipe moves it by more than 1e-2.
+    assert distance(ranks[2], one[2]) < max(0.2 * rounding, 1e-4)
+    assert ranks[1]["objective/loss"] == pytest.approx(one[1]["objective/loss"], rel=1e-4 if case == "none" else 1e-2)
 
 
 @pytest.mark.parametrize("case", RECOMPUTED)
