@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,16 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 
+def pytest_configure() -> None:
+    """What a shell in the background and `nohup` make us ignore, children would ignore, too: unlike this function."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *arguments: None)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped, with the reason, on a machine without CUDA; tests that start processes are marked
-    `processes`."""
+    `processes`. Files come in the order of what they cost, so that none is left over at the end."""
     skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here")
     for item in items:
         assert isinstance(item, pytest.Function)
@@ -29,6 +38,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
         if item.originalname in starters(item.path) or "sglang" in item.fixturenames:  # type: ignore[attr-defined]
             item.add_marker(pytest.mark.processes)
+    costs: Counter[Path] = Counter()
+    for item in items:  # Seconds, by and large.
+        costs[item.path] += 60 if item.get_closest_marker("slow") else 6 if item.get_closest_marker("processes") else 1
+    items.sort(key=lambda item: -costs[item.path])
 
 
 @functools.cache

@@ -222,7 +222,10 @@ def _warn_of_little_room(lock):
     free = shutil.disk_usage(ROOT).free / GIB
     if free < ROOM[lock]:
         # No error: beside a bare CPU build of torch a third of it is enough.
-        print("warning: %.0f GiB are free under %s, and this may take up to %d" % (free, ROOT, ROOM[lock]), file=sys.stderr)
+        print(
+            "warning: %.0f GiB are free under %s, and this may take up to %d" % (free, ROOT, ROOM[lock]),
+            file=sys.stderr,
+        )
 
 
 def pins():
@@ -253,8 +256,9 @@ def lint():
 
 
 def pytest(*arguments):
-    # Two files at a time: most of a test's time is the start of a process, which uses one core.
-    in_trainer("-m", "pytest", "-n", "2", "--dist", "loadfile", *arguments)
+    # Files side by side, those that take long first (tests/conftest.py): most of a test's time is the start of a process,
+    # which uses one core, or waiting.
+    in_trainer("-m", "pytest", "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder", *arguments)
 
 
 def unit():
@@ -262,23 +266,16 @@ def unit():
     pytest("-m", "not processes and not slow")
 
 
-def test():
+def test(*arguments):
     lint()
     sglang_cpu()
-    fetch_for_pretended_gpu()
-    pytest("-m", "not slow")
+    # Once, into the user's cache. Where there is no network the tests of the pretended GPU are skipped, and say so.
+    subprocess.run([_python_of(TRAINER), "-m", "tests.pretended_gpu.fetch", "--oldest"])
+    pytest(*arguments)
 
 
-def test_all():
-    lint()
-    sglang_cpu()
-    fetch_for_pretended_gpu("--oldest")
-    pytest()
-
-
-def fetch_for_pretended_gpu(*arguments):
-    """53 MB, once, into the user's cache. Where there is no network its tests are skipped, and say so."""
-    subprocess.run([_python_of(TRAINER), "-m", "tests.pretended_gpu.fetch"] + list(arguments))
+def test_fast():
+    test("-m", "not slow")
 
 
 def gpu_check():
@@ -301,8 +298,8 @@ TARGETS = {
     "sglang-cpu": (sglang_cpu, "SGLang for a machine without a GPU, in .venv-sglang"),
     "gpu": (gpu, "both environments on a machine with GPUs"),
     "gpu-check": (gpu_check, "what a new GPU machine should be asked first; writes gpu-report.md"),
+    "test-fast": (test_fast, "all but the slow tests"),
     "unit": (unit, "the tests that start no process"),
-    "test-all": (test_all, "the slow tests, too"),
     "lint": (lint, "ruff and mypy"),
     "locks": (locks, "resolve requirements/*.lock anew, for every Python"),
     "clean": (clean, "remove the environments and what the quickstart made"),

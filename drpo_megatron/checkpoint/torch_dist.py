@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.default_planner import create_default_global_s
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -96,7 +97,7 @@ class TorchDistWriter:
     def __init__(self, directory: Path, groups: Sequence[Sequence[Chunk]]) -> None:
         self._directory = directory
         # No copies ahead: they would reorder the tensors by size, and belong to a GPU.
-        self._writer = FileSystemWriter(directory, per_thread_copy_ahead=0, sync_files=False)
+        self._writer = _Writer(directory, per_thread_copy_ahead=0, sync_files=False)
         plans = [SavePlan([_write_item(chunk) for chunk in group]) for group in groups]
         plans, self._metadata = create_default_global_save_plan(plans)
         self._plans = self._writer.prepare_global_plan(plans)
@@ -217,6 +218,12 @@ def _check_format(file: Path) -> None:
     backend = read_json_object(file).get("sharded_backend")
     if backend != "torch_dist":
         raise ValueError(f"{file.parent} is in Megatron's format {backend!r}; only torch_dist is read")
+
+
+class _Writer(FileSystemWriter):
+    def storage_meta(self) -> StorageMeta:
+        # As text: a path is pickled as pathlib._local's by Python 3.13, which no other Python has.
+        return StorageMeta(checkpoint_id=str(self.path), save_id=self.save_id)
 
 
 class _LazyValues(DefaultSavePlanner):

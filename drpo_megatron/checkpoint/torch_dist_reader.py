@@ -43,7 +43,10 @@ _RECORDS = {
 }
 _TABLE: Table = {
     **{(module.__name__, name): getattr(module, name) for module, names in _RECORDS.items() for name in names},
-    **{("pathlib", kind.__name__): kind for kind in (PosixPath, PurePosixPath)},
+    # Python 3.13 alone calls their module pathlib._local.
+    **{
+        (module, kind.__name__): kind for module in ("pathlib", "pathlib._local") for kind in (PosixPath, PurePosixPath)
+    },
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): _get_layout,
     ("collections", "OrderedDict"): OrderedDict,

@@ -12,12 +12,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from enum import Enum
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from drpo_megatron.checkpoint.checksums import CHECKSUMS_FILE
@@ -361,6 +361,16 @@ def test_a_checkpoint_of_python_3_11_2_is_read(converted: Path, tmp_path: Path) 
         assert b"getattr" in buffer.getvalue()
         (directory / ".metadata").write_bytes(buffer.getvalue())
         assert read_metadata(directory / ".metadata").state_dict_metadata == metadata.state_dict_metadata
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_a_path_is_read_as_every_python_pickles_it(module: str, converted: Path, tmp_path: Path) -> None:
+    """Python 3.13 calls the module of paths pathlib._local, all others pathlib."""
+    metadata = replace(read_metadata(converted / ".metadata"), storage_meta=StorageMeta(checkpoint_id=Path("a folder")))
+    written = pickle.dumps(metadata, 2).replace(f"c{PosixPath.__module__}\n".encode(), f"c{module}\n".encode())
+    assert f"c{module}\nPosixPath\n".encode() in written
+    (tmp_path / ".metadata").write_bytes(written)
+    assert read_metadata(tmp_path / ".metadata") == metadata
 
 
 def test_getattr_in_a_pickle_reads_members_of_enums_and_nothing_else(tmp_path: Path) -> None:

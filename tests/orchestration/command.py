@@ -70,13 +70,7 @@ def start(directory: Path, *arguments: str, piped: bool = False, **variables: st
             stderr=subprocess.PIPE if piped else output,
             text=True,
             start_new_session=True,
-            preexec_fn=_heed_ctrl_c,
         )
-
-
-def _heed_ctrl_c() -> None:
-    """A shell that has the tests in the background lets its children ignore it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen[str], directory: Path, timeout_s: float = 900.0) -> tuple[int, str]:

@@ -29,10 +29,13 @@ class Part:
     """Pinned requirements, without what they require themselves."""
     python: str = ""
     """Whose wheels, if not this Python's: of these only the .py files are of use."""
+    is_compiled: bool = False
+    """Then each Python has a folder of its own."""
 
     @property
     def folder(self) -> Path:
         versions = [package.partition("==")[2] for package in self.packages]
+        versions += [sys.implementation.cache_tag] if self.is_compiled else []
         return cache() / f"{self.name}-{'-'.join(versions)}"
 
 
@@ -41,6 +44,7 @@ OLDEST_ENGINE = Part("transformer-engine", ("transformer-engine==2.8.0",))
 ENGINE_IMPORTS = Part(
     "engine-imports",
     ("onnxscript==0.7.2", "onnx==1.23.2", "onnx-ir==1.1.0", "ml-dtypes==0.6.0", "nvdlfw-inspect==0.2.2"),
+    is_compiled=True,
 )
 NEWEST_MEGATRON = Part("megatron-core", ("megatron-core==0.19.2",), python="3.12")
 

@@ -15,6 +15,7 @@ import importlib.abc
 import importlib.machinery
 import json
 import os
+import runpy
 import sys
 import traceback
 import types
@@ -102,9 +103,8 @@ def pretend(major: int) -> Any:
     cuda.mem_get_info = lambda device=None: (79 * GIB, 80 * GIB)
     cuda.get_device_properties = lambda device=None: properties
     cuda.Stream = type("Stream", (), {"__init__": lambda self, *args, **kwargs: None})
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    launch = runpy.run_path(str(Path(__file__).parents[2] / "drpo_megatron" / "rollout" / "sglang_launch.py"))
+    library = launch["add_torchvision_operators"]()
     sys.meta_path.insert(0, Finder())
     return library
 

@@ -30,10 +30,10 @@ def assert_mu_is_of_the_versions_that_drew(
 
 
 def test_a_rollout_goes_on_across_an_update(sglang: Served) -> None:
-    engine = sglang.engine(max_concurrent_requests=4)  # 16 rounds: the update falls into one of the next 14.
+    engine = sglang.engine(max_concurrent_requests=4)  # 48 rounds: the update falls into one of them.
     old, new = weights(sglang, 7), weights(sglang, 8)
     before = publish(engine, old)
-    wanted = requests(64)
+    wanted = requests(192)
     drawn: dict[int, Completion] = {}
     first_is_there = threading.Event()
 
@@ -48,7 +48,7 @@ def test_a_rollout_goes_on_across_an_update(sglang: Served) -> None:
     after = publish(engine, new)
     thread.join(600.0)
     engine.close()
-    assert sorted(drawn) == list(range(64))
+    assert sorted(drawn) == list(range(192))
     models = {before: reference(sglang, old), after: reference(sglang, new)}
     for index, completion in drawn.items():
         assert_mu_is_of_the_versions_that_drew(models, wanted[index], completion)
