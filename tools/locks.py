@@ -37,49 +37,12 @@ SOURCE_ONLY = "transformer-engine-torch"
 # Imported by a server on a CPU. SGLang's own list has CUDA packages by the dozen, which it never imports there.
 SGLANG_CPU = (
     # fmt: off
-    "transformers==5.19.0",
-    "xgrammar==0.2.7",
-    "aiohttp",
-    "apache-tvm-ffi",
-    "compressed-tensors",
-    "dill",
-    "einops",
-    "fastapi",
-    "gguf",
-    "hf-xet",
-    "huggingface_hub",
-    "interegular",
-    "IPython",
-    "jsonschema",
-    "loguru",
-    "msgspec",
-    "numpy",
-    "openai==2.8.0",
-    "openai-harmony==0.0.4",
-    "orjson",
-    "packaging",
-    "partial_json_parser",
-    "pillow",
-    "prometheus-client",
-    "psutil",
-    "pybase64",
-    "pydantic",
-    "python-",
-    "multipart",
-    "pyzmq",
-    "requests",
-    "safetensors",
-    "sentencepiece",
-    "setproctitle",
-    "soundfile",
-    "tiktoken",
-    "tqdm",
-    "uvicorn",
-    "uvloop",
-    "watchfiles",
-    "xxhash",
-    "zstandard",
-    "setuptools",
+    "transformers==5.19.0", "xgrammar==0.2.7", "aiohttp", "apache-tvm-ffi", "compressed-tensors", "dill",
+    "einops", "fastapi", "gguf", "hf-xet", "huggingface_hub", "interegular", "IPython", "jsonschema", "loguru",
+    "msgspec", "numpy", "openai==2.8.0", "openai-harmony==0.0.4", "orjson", "packaging",
+    "partial_json_parser", "pillow", "prometheus-client", "psutil", "pybase64", "pydantic", "python-",
+    "multipart", "pyzmq", "requests", "safetensors", "sentencepiece", "setproctitle", "soundfile", "tiktoken",
+    "tqdm", "uvicorn", "uvloop", "watchfiles", "xxhash", "zstandard", "setuptools",
     # fmt: on
 )
 _ASK_PIP = """
@@ -117,12 +80,7 @@ def locks() -> list[Lock]:
     cpu_pins = (f"torch=={cpu.torch}", f"triton=={cpu.triton}")
     no_torch = re.compile(f"{BROUGHT_BY_TORCH.pattern}|{NOT_IN_SGLANG_CPU.pattern}")
     return [
-        Lock(
-            cpu.lock,
-            (*required, *test, *cpu_pins, f"megatron-core=={cpu.megatron_core}"),
-            no_torch,
-            "trainer and tests",
-        ),
+        Lock(cpu.lock, (*required, *test, *cpu_pins, f"megatron-core=={cpu.megatron_core}"), no_torch, "trainer and tests"),
         Lock(sglang_cpu.lock, (*SGLANG_CPU, *cpu_pins), no_torch, f"SGLang {sglang_cpu.sglang}"),
         Lock(
             trainer.lock,
@@ -207,9 +165,7 @@ def resolve(wanted: tuple[str, ...], version: str, machine: str = "x86_64") -> d
             command += ["--only-binary=:all:", "--target", scratch, "--python-version", version]
             command += [part for tag in _platforms(machine) for part in ("--platform", tag)]
         elif sys.version_info[:2] != tuple(map(int, version.split("."))):
-            raise ValueError(
-                f"{SOURCE_ONLY} has no wheels, so Python {version} itself has to resolve it: run this with it"
-            )
+            raise ValueError(f"{SOURCE_ONLY} has no wheels, so Python {version} itself has to resolve it: run this with it")
         _pip(command, version, machine)
         installs = json.loads(report.read_text(encoding="utf-8"))["install"]
     return {_normalised(each["metadata"]["name"]): each["metadata"]["version"] for each in installs}
@@ -255,12 +211,8 @@ def _normalised(name: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "names", nargs="*", metavar="LOCK", help="cpu, sglang-cpu, gpu-py312, sglang-gpu-py312; default: all"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit code 1 when pip disagrees with a lock"
-    )
+    parser.add_argument("names", nargs="*", metavar="LOCK", help="cpu, sglang-cpu, gpu-py312, sglang-gpu-py312; default: all")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when pip disagrees with a lock")
     args = parser.parse_args()
     known = {lock.name.removesuffix(".lock"): lock for lock in locks()}
     if unknown := set(args.names) - known.keys():
