@@ -85,6 +85,7 @@ def pretend(major: int) -> Any:
     """Before SGLang is imported: it asks once what it stands on."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"] = "false"  # It waits for the other ranks, which aren't there.
+    os.environ["SGLANG_NCCL_SO_PATH"] = os.devnull  # A torch with CUDA brings NCCL, which would look for the GPU.
     import torch
 
     properties = types.SimpleNamespace(
