@@ -58,7 +58,8 @@ class Engine:
     environment: dict[str, str] = field(default_factory=dict)
     """Read while Transformer Engine is imported, so a process must be started with it."""
     token_multiple: int = 16
-    """What the rows of a quantised matrix must be a multiple of."""
+    """What the rows of a quantised matrix must be a multiple of, and what Megatron-Core's router pads every expert's rows
+    to. The router pads with the rank's own rows: with fewer than this many, an expert stays short of a multiple."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ TRAIN_RECIPES: dict[str, Recipe] = {
                 (2, 7),
                 _BLACKWELL_ON,
                 (12, 8),
-                token_multiple=32,
+                token_multiple=128,
             ),
         ),
         Recipe("e5m2", Operands(FORMATS["e5m2"], FORMATS["e5m2"], FORMATS["e5m2"]), None),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization, pad_routing_map
 
 from drpo_megatron.config import load_config
 from drpo_megatron.config.precision import PrecisionSection
@@ -69,6 +72,21 @@ def test_every_recipe_runs_for_real_where_it_can_and_is_emulated_elsewhere(
             ):
                 resolve(section(train=name, emulate=False), hardware)
     assert resolve(section(train=name, emulate=True), HOPPER).reason == "precision.emulate=true"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in TRAIN_RECIPES.items() if recipe.engine])
+def test_megatrons_router_can_pad_every_expert_in_the_smallest_micro_batch(name: str) -> None:
+    """It pads with rows of the rank's own, so it needs as many as it pads to; what is left would be padded again by
+    Transformer Engine under Megatron-Core 0.16.1, and not at all under 0.19."""
+    engine = TRAIN_RECIPES[name].engine
+    assert engine is not None
+    flags = dict(fp8=None, fp8_recipe=None, fp4=None, fp4_recipe=None) | engine.megatron
+    multiple = get_align_size_for_quantization(SimpleNamespace(use_transformer_engine_op_fuser=False, **flags))
+    counts = torch.arange(engine.token_multiple + 1)  # Of the tokens of one expert each.
+    chosen = torch.arange(engine.token_multiple)[:, None] < counts
+    padded = pad_routing_map(chosen, multiple).sum(0)
+    assert engine.token_multiple % multiple == 0
+    assert (padded % multiple == 0).all() and (padded >= counts).all()
 
 
 def test_what_is_missing_is_named() -> None:
