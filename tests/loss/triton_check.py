@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
 from drpo_megatron.objectives import build
@@ -12,12 +15,21 @@ from tests.loss.reference import make_case, reference_policy_loss, relative_erro
 
 
 def check_row_statistics() -> None:
+    spread = torch.tensor([0.1, 1.0, 30.0, 30.0, 30.0])[:, None]  # Flat, where every column counts, and peaked.
     for columns in (1, 100, 4096, 9001):  # less than a block, exactly one, and two and a bit
-        logits = torch.randn(5, columns) * 30
+        logits = torch.randn(5, columns) * spread
         logits[3] += 1e4
         expected = rows_module.row_statistics(logits, torch.empty(2, logits.numel()))
-        # sqrt(9001) unit roundoffs of a sum are 6e-6; a column more or less is 1e-4 of it.
-        torch.testing.assert_close(kernels.row_statistics(logits), expected, rtol=1e-5, atol=1e-5)
+        assert_same_statistics(kernels.row_statistics(logits), expected)
+        for missing in {0, columns // 2, columns - 1} if columns > 1 else ():
+            fewer = logits[:, torch.arange(columns) != missing]
+            with pytest.raises(AssertionError):
+                assert_same_statistics(rows_module.row_statistics(fewer, torch.empty(2, fewer.numel())), expected)
+
+
+def assert_same_statistics(ours: Any, expected: Any) -> None:
+    # sqrt(9001) unit roundoffs of a sum are 6e-6 (measured: 1e-7). One column of 9001 is 1e-4 of the flat row's sums.
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def check_logit_gradient() -> None:
