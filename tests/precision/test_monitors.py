@@ -73,8 +73,10 @@ def test_monitors_change_nothing(single: Any) -> None:
 def test_the_cosine_is_that_of_the_gradients_of_two_trainers(single: Any) -> None:
     (metrics, low, _), _, (_, high, _) = single
     expected = torch.nn.functional.cosine_similarity(low.double(), high.double(), dim=0).item()
-    assert 0.5 < expected < 0.999  # FP32 sums of 5e4 squares are known to 1e-5, in any order.
-    assert metrics["precision/gradient_cosine/all"] == pytest.approx(expected, rel=1e-4)
+    assert 0.5 < expected < 0.999
+    # FP32 sums of 5e4 products err by sqrt(5e4) unit roundoffs, 1.3e-5: one sum and two roots of sums (measured: 1e-8).
+    # This holds the formula, not each summand: a small parameter that is left out moves it by 1e-7.
+    assert metrics["precision/gradient_cosine/all"] == pytest.approx(expected, rel=3e-5)
     for name in ("qkv", "expert_fc2", "router", "norm", "embedding", "head"):
         assert 0.3 < metrics[f"precision/gradient_cosine/{name}"] < 1
     assert 0 < metrics["precision/router_flips/mean"] < 0.5
@@ -103,6 +105,7 @@ def test_ranks_measure_what_one_process_measures(layout: str, hf_path: str) -> N
         for rank in ranks:
             metrics = rank[quantised][0]
             squares = [value**2 for name, value in metrics.items() if name.startswith("optim/grad_norm/")]
+            # Measured: 4e-8. Without the smallest class, the router's, it is 6e-4.
             assert math.sqrt(sum(squares)) == pytest.approx(metrics["optim/grad_norm"], rel=1e-4)
             torch.testing.assert_close(metrics, ranks[0][quantised][0], rtol=0, atol=0, equal_nan=True)
             for name in metrics:

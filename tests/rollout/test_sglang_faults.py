@@ -69,7 +69,7 @@ def assert_drawn_by(pair: Served, tensors: Weights, version: int, drawn: list[Co
         assert completion.policy_version == version
         assert completion.finish_reason in ("stop", "length")
         expected = logprobs(model, request.prompt_ids, completion.token_ids, 1.0)
-        assert completion.logprobs == pytest.approx(expected, abs=1e-4)
+        assert completion.logprobs == pytest.approx(expected, abs=1e-4)  # See test_sglang_engine.py.
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

@@ -31,4 +31,4 @@ def test_two_ranks_draw_with_the_weights_that_were_sent(two_ranks: Served, sync:
     for request, completion in zip(requests(16), drawn, strict=True):
         assert completion.policy_version == version
         expected = logprobs(model, request.prompt_ids, completion.token_ids, 1.0)
-        assert completion.logprobs == pytest.approx(expected, abs=1e-4)
+        assert completion.logprobs == pytest.approx(expected, abs=1e-4)  # See test_sglang_engine.py.

@@ -24,7 +24,7 @@ def assert_mu_is_of_the_versions_that_drew(
     for version, length in spans:
         expected = logprobs(models[version], request.prompt_ids, completion.token_ids, 1.0)
         part = slice(start, start + length)
-        assert completion.logprobs[part] == pytest.approx(expected[part], abs=1e-4)
+        assert completion.logprobs[part] == pytest.approx(expected[part], abs=1e-4)  # See test_sglang_engine.py.
         start += length
     assert start == len(completion.token_ids)
 
