@@ -110,6 +110,7 @@ def test_ranks_measure_what_one_process_measures(layout: str, hf_path: str) -> N
             torch.testing.assert_close(metrics, ranks[0][quantised][0], rtol=0, atol=0, equal_nan=True)
             for name in metrics:
                 if name.startswith("optim/grad_norm/") and quantised == 1:
+                    # Measured: 1.2e-7. A gradient that is off by a hundredth is 1e-2.
                     assert metrics[name] == pytest.approx(expected[name], rel=1e-4), name
             names = {name for name in metrics if name.startswith("precision/")}
             assert names == {name for name in expected if name.startswith("precision/")}
