@@ -18,6 +18,7 @@ from drpo_megatron.checkpoint.hf import HFCheckpoint
 from drpo_megatron.conversion.fp8 import unquantised_modules
 from drpo_megatron.conversion.to_hf import megatron_to_hf
 from drpo_megatron.conversion.to_megatron import hf_to_megatron
+from drpo_megatron.rollout import sglang_launch
 from tests.checkpoint.test_convert import MODELS, silent
 from tests.rollout.conftest import PYTHON
 from tests.tiny import save_checkpoint
@@ -36,18 +37,8 @@ FUSED = {
 """The layers in which SGLang puts several matrices of a checkpoint."""
 
 SGLANG_RULE = """
-import json, os, sys, types
-os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-class Absent(types.ModuleType):
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *a, **k: None
-sys.modules.setdefault("sgl_kernel", Absent("sgl_kernel"))  # Compiled for GPUs; the rule needs none of it.
-import torch
-library = torch.library.Library("torchvision", "FRAGMENT")
-for name in ("nms", "qnms"):
-    library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+import json, runpy, sys
+launch = runpy.run_path(sys.argv[1])  # As a server on a CPU is started, up to SGLang's own part.
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.utils import is_layer_skipped
 packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"],
@@ -127,7 +118,11 @@ def test_sglang_builds_fp8_layers_for_fp8_matrices_and_no_others(exports: dict[s
         questions.append((section(checkpoint), sorted(answers)))
         expected.append(answers)
     done = subprocess.run(
-        [str(PYTHON), "-c", SGLANG_RULE], input=json.dumps(questions), capture_output=True, text=True, timeout=900
+        [str(PYTHON), "-c", SGLANG_RULE, sglang_launch.__file__, "cpu"],
+        input=json.dumps(questions),
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert "ANSWERS" in done.stdout, done.stderr[-2000:]
     assert json.loads(done.stdout.partition("ANSWERS")[2]) == expected
