@@ -34,7 +34,7 @@ def inside(directory: str | Path, name: object, source: str, *, for_writing: boo
     if not isinstance(name, str):
         raise ValueError(f"{source} has {name!r} for a file name; it has to be text")
     for part in name.split("/"):
-        if reason := _fault_of(part):
+        if reason := fault_of_name(part):
             raise ValueError(f"{source} names the file {_shown(name)}, which {reason}; it has to lie in {directory}")
     path = directory / name
     if for_writing and not path.resolve().is_relative_to(directory.resolve()):
@@ -44,15 +44,10 @@ def inside(directory: str | Path, name: object, source: str, *, for_writing: boo
 
 def file_name(name: str, source: str) -> str:
     """The name itself, when it can be that of one file or directory. ValueError otherwise."""
-    reason = "holds a /, which would be a folder" if "/" in name else _fault_of(name)
+    reason = "holds a /, which would be a folder" if "/" in name else fault_of_name(name)
     if reason:
         raise ValueError(f"{source} is {_shown(name)}, which {reason}; use letters, digits, '-', '_' and '.'")
     return name
-
-
-def fault_of_name(name: str) -> str | None:
-    """Why a name of a file can stand in no list of files, in words; None for one that can."""
-    return _fault_of(name)
 
 
 def unshown_characters(text: str) -> list[str]:
@@ -60,7 +55,8 @@ def unshown_characters(text: str) -> list[str]:
     return [_shown(character)[1:-1] for character in text if unicodedata.category(character) in _UNSHOWN]
 
 
-def _fault_of(part: str) -> str | None:
+def fault_of_name(part: str) -> str | None:
+    """Why a name can be that of no file or folder that we list or write, in words; None for one that can."""
     if part == "":
         return "is empty or absolute, or has an empty folder in it"
     if part in (".", ".."):

@@ -11,14 +11,13 @@ from drpo_megatron.checkpoint.checksums import require_undamaged
 Advance = Callable[[int], None]
 """Called with the number of bytes that were done, from any thread."""
 
-
-CHANGED = "copy it again; or, if a file was changed on purpose, give --skip-checksums"
+_CHANGED = "copy it again; or, if a file was changed on purpose, give --skip-checksums"
 
 
 def check_files(megatron: Path, *, skip: bool) -> None:
     """ValueError, with names, when files of a Megatron checkpoint aren't what its checksums say, if it has any."""
     if not skip:
-        require_undamaged(megatron, CHANGED, lambda num_bytes: progress_bar("checksums", num_bytes))
+        require_undamaged(megatron, _CHANGED, lambda num_bytes: progress_bar("checksums", num_bytes))
 
 
 @contextmanager

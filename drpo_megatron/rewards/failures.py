@@ -9,9 +9,8 @@ from drpo_megatron.rounding import tolerance
 
 _MAX_BARREN = 3
 """Rollouts in a row without one reward, after which a run ends that had some before."""
-
-
 _MIN_GROUPS = 2
+"""Prompts whose rewards say something of the reward, and not of the prompt alone."""
 
 
 class FailureWatch:

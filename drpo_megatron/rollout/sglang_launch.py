@@ -133,17 +133,18 @@ def main() -> None:
 
 if __name__ == "__main__":
     _die_with(int(sys.argv[1]))
-os.environ["HF_HUB_OFFLINE"] = "1"
-# Would report log-probs at temperature 1, whatever the temperature that tokens were drawn at.
-os.environ.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)
-if sys.argv[2] == "cpu":
-    _library = _prepare_cpu()  # Its ops exist as long as it does.
-else:
-    os.environ["CUDA_VISIBLE_DEVICES"] = sys.argv[2].removeprefix("cuda:")
-    if "--enable-memory-saver" in sys.argv:
-        # Otherwise CUDA graphs keep their memory, whatever tags it is asked to release.
-        os.environ["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"
-if "--host" in sys.argv:
-    _listen_where_told(sys.argv[sys.argv.index("--host") + 1])
+if __name__ in ("__main__", "__mp_main__"):
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    # Would report log-probs at temperature 1, whatever the temperature that tokens were drawn at.
+    os.environ.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)
+    if sys.argv[2] == "cpu":
+        _library = _prepare_cpu()  # Its ops exist as long as it does.
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = sys.argv[2].removeprefix("cuda:")
+        if "--enable-memory-saver" in sys.argv:
+            # Otherwise CUDA graphs keep their memory, whatever tags it is asked to release.
+            os.environ["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"
+    if "--host" in sys.argv:
+        _listen_where_told(sys.argv[sys.argv.index("--host") + 1])
 if __name__ == "__main__":
     main()

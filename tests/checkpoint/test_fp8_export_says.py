@@ -18,7 +18,7 @@ from drpo_megatron.checkpoint.hf import HFCheckpoint
 from drpo_megatron.conversion.fp8 import unquantised_modules
 from drpo_megatron.conversion.to_hf import megatron_to_hf
 from drpo_megatron.conversion.to_megatron import hf_to_megatron
-from drpo_megatron.rollout import sglang_launch
+from drpo_megatron.rollout.sglang_server import LAUNCHER
 from tests.checkpoint.test_convert import MODELS, silent
 from tests.rollout.conftest import PYTHON
 from tests.tiny import save_checkpoint
@@ -38,7 +38,7 @@ FUSED = {
 
 SGLANG_RULE = """
 import json, runpy, sys
-launch = runpy.run_path(sys.argv[1])  # As a server on a CPU is started, up to SGLang's own part.
+launch = runpy.run_path(sys.argv[1], run_name="__mp_main__")  # As a server on a CPU is started, up to SGLang's own part.
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.utils import is_layer_skipped
 packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"],
@@ -118,7 +118,7 @@ def test_sglang_builds_fp8_layers_for_fp8_matrices_and_no_others(exports: dict[s
         questions.append((section(checkpoint), sorted(answers)))
         expected.append(answers)
     done = subprocess.run(
-        [str(PYTHON), "-c", SGLANG_RULE, sglang_launch.__file__, "cpu"],
+        [str(PYTHON), "-c", SGLANG_RULE, str(LAUNCHER), "cpu"],
         input=json.dumps(questions),
         capture_output=True,
         text=True,

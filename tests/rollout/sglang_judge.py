@@ -196,6 +196,11 @@ def _groups(arguments: Any, rank: int, config: Any) -> None:
     from sglang.srt.layers.dp_attention import init_dp_gathered_buffer, initialize_dp_attention
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    # Nobody sends: objects would be of the sizes that happened to lie in memory, up to all of it.
+    torch.distributed.broadcast_object_list = lambda objects, *args, **kwargs: None
+    torch.distributed.all_gather_object = lambda objects, own, *args, **kwargs: objects.__setitem__(
+        slice(None), [own] * len(objects)
+    )
     new_group = torch.distributed.new_group
     torch.distributed.new_group = lambda *args, **kwargs: new_group(*args, **kwargs | {"backend": "fake"})
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=arguments.tp_size)

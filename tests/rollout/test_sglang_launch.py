@@ -14,11 +14,12 @@ from drpo_megatron.rollout.sglang_server import LAUNCHER, answers, server_flags
 from tests.orchestration.test_listening import is_loopback, listening
 from tests.rollout.conftest import Served
 
-_SHOW = "import os, runpy, sys; runpy.run_path(sys.argv.pop(1)); print(os.environ['CUDA_VISIBLE_DEVICES'])"
+_SHOW = "import os, runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__mp_main__'); print(os.environ.get({!r}))"
+"""As a process that SGLang spawns runs it."""
 
 
 def test_a_server_sees_its_gpus_and_no_other() -> None:
-    command = [sys.executable, "-c", _SHOW, str(LAUNCHER), str(os.getpid()), "cuda:2,3"]
+    command = [sys.executable, "-c", _SHOW.format("CUDA_VISIBLE_DEVICES"), str(LAUNCHER), str(os.getpid()), "cuda:2,3"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "0"}
     assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "2,3\n"
 
@@ -51,7 +52,7 @@ def test_the_key_of_a_server_is_shown_nowhere_and_it_listens_on_loopback_only(sg
 
 
 def test_cuda_graphs_take_part_in_the_release_of_memory() -> None:
-    show = "import os, runpy, sys; runpy.run_path(sys.argv.pop(1)); print(os.environ.get('SGLANG_MEMORY_SAVER_CUDA_GRAPH'))"
+    show = _SHOW.format("SGLANG_MEMORY_SAVER_CUDA_GRAPH")
     environment = {name: value for name, value in os.environ.items() if name != "SGLANG_MEMORY_SAVER_CUDA_GRAPH"}
     for flags, expected in ((["--enable-memory-saver"], "1\n"), ([], "None\n")):
         command = [sys.executable, "-c", show, str(LAUNCHER), str(os.getpid()), "cuda:0", *flags]
