@@ -5,12 +5,16 @@ from __future__ import annotations
 import ast
 import functools
 import signal
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from drpo_megatron.trainer import platform
 
 ROOT = Path(__file__).parents[1]
 STARTERS = ("subprocess", "multiprocessing", "ray", "drpo_megatron.orchestration", "drpo_megatron.rollout.sglang_")
@@ -26,6 +30,23 @@ def pytest_configure() -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, lambda *arguments: None)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """A module that imports Megatron before its platform is there would break every other test of its worker."""
+    if _early_megatron():
+        raise pytest.UsageError(f"{report.nodeid} imports megatron.core where it is collected; import it in the test")
+
+
+@pytest.fixture(autouse=True)
+def megatron_after_its_platform() -> Iterator[None]:
+    """The same for a test: it passes alone, and fails whatever comes after it, in another order of the files."""
+    yield
+    assert not _early_megatron(), "this test imports megatron.core without platform.activate('cpu')"
+
+
+def _early_megatron() -> bool:
+    return "megatron.core" in sys.modules and platform._active is None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

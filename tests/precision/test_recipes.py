@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization, pad_routing_map
 
 from drpo_megatron.config import load_config
 from drpo_megatron.config.precision import PrecisionSection
@@ -21,6 +20,7 @@ from drpo_megatron.precision.recipes import (
     resolve,
     train_recipe,
 )
+from drpo_megatron.trainer.platform import activate
 from tests.tiny import tiny_config, tiny_dense_config, tiny_moe_config
 
 HOPPER = Hardware((9, 0), (12, 9), (2, 20))
@@ -78,6 +78,9 @@ def test_every_recipe_runs_for_real_where_it_can_and_is_emulated_elsewhere(
 def test_megatrons_router_can_pad_every_expert_in_the_smallest_micro_batch(name: str) -> None:
     """It pads with rows of the rank's own, so it needs as many as it pads to; what is left would be padded again by
     Transformer Engine under Megatron-Core 0.16.1, and not at all under 0.19."""
+    activate("cpu")
+    from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization, pad_routing_map
+
     engine = TRAIN_RECIPES[name].engine
     assert engine is not None
     flags = dict(fp8=None, fp8_recipe=None, fp4=None, fp4_recipe=None) | engine.megatron
@@ -102,8 +105,6 @@ def test_what_is_missing_is_named() -> None:
 
 
 def test_flags_are_fields_of_megatrons_config_and_only_of_what_runs_for_real() -> None:
-    from drpo_megatron.trainer.platform import activate
-
     activate("cpu")
     from megatron.core.transformer.transformer_config import TransformerConfig
 
