@@ -9,6 +9,7 @@ boundaries often and stay small); only `PackedBatch`, which never leaves a train
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -100,6 +101,8 @@ class RolloutGroup:
     prompt: Prompt
     completions: tuple[Completion, ...]
     rewards: tuple[float, ...]
+    reward_metrics: tuple[Mapping[str, float], ...] = ()
+    """What the reward returned beside the number, of every completion. Empty: nothing of any."""
 
 
 @dataclass(frozen=True, slots=True)

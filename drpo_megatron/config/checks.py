@@ -16,7 +16,7 @@ from drpo_megatron.config.placement_checks import placement_problems
 from drpo_megatron.config.problems import listed
 from drpo_megatron.config.sections import Config, ImportedReward, ParallelSection
 from drpo_megatron.config.sglang_checks import sglang_problems
-from drpo_megatron.imported import OBJECTIVE_ARGUMENTS, REWARD_ARGUMENTS, check_function
+from drpo_megatron.imported import OBJECTIVE_ARGUMENTS, REWARD_ARGUMENTS, Arguments, check_function
 
 _MEGATRON_FILES = ("metadata.json", ".metadata", "common.pt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -301,9 +301,9 @@ def _reward_problems(config: Config) -> Iterator[str]:
         yield from _function_problems("reward", config.reward.path, REWARD_ARGUMENTS)
 
 
-def _function_problems(key: str, path: str, num_arguments: int) -> Iterator[str]:
+def _function_problems(key: str, path: str, arguments: Arguments) -> Iterator[str]:
     try:
-        check_function(key, path, num_arguments)
+        check_function(key, path, arguments)
     except ValueError as error:
         yield str(error)
 

@@ -294,13 +294,26 @@ class MathReward(Section):
     name: Literal["math"] = "math"
     timeout_s: Seconds = 5.0
     """Time limit a problem; beyond it the reward is 0 and the time-out is counted."""
+    num_workers: Processes | None = None
+    """Processes that compute rewards at the same time, started as they are needed. None: the cores that they may use."""
 
 
 class ImportedReward(Section):
     name: Literal["import"] = "import"
     path: ImportPath
-    """`package.module:function`, called as function(response: str, answer: str, prompt: Prompt) -> float."""
+    """`package.module:function`, called as function(response: str, answer: str, prompt: Prompt), with `num_tokens`,
+    `finish_reason` and `metadata` by keyword where its signature names them. It may be async. It returns a number, or a
+    dictionary of numbers: `reward`, and metrics that the run shows as reward/NAME."""
     timeout_s: Seconds = 10.0
+    """Time limit of a call; beyond it the reward is 0 and the time-out is counted."""
+    num_workers: Processes | None = None
+    """Processes that compute rewards at the same time, started as they are needed. None: the cores that they may use. A
+    plain function that waits for others (a service, a sandbox) may have many more."""
+    concurrency: Count = 512
+    """Calls of an async function at a time, over all workers. A plain function has one a worker."""
+    batch_size: Count | None = None
+    """The function takes lists (of responses, answers, prompts) of at most so many, and returns a list of rewards. In
+    training a list holds responses of one prompt. None: it takes one response."""
 
 
 RewardConfig = Annotated[ArithmeticReward | MathReward | ImportedReward, Field(discriminator="name")]

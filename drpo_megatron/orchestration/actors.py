@@ -26,12 +26,14 @@ import ray
 
 from drpo_megatron.config import Config
 from drpo_megatron.console import LastingStream
-from drpo_megatron.types import Completion, Prompt, Sample, StepReport
+from drpo_megatron.types import Completion, Sample, StepReport
 
 if TYPE_CHECKING:
     import torch
 
     from drpo_megatron.precision.rollout import RolloutPrecision
+    from drpo_megatron.rewards.base import Response
+    from drpo_megatron.rewards.scorer import Scored
     from drpo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
     from drpo_megatron.rollout.sglang_server import Endpoint, ServerKeeper
     from drpo_megatron.weight_sync import Bucket, Encode, PublishReport
@@ -342,17 +344,15 @@ class EngineActor(ProcessActor):
 
 
 class RewardActor(ProcessActor):
-    """The reward function in a process of its own: user code can't take a trainer rank with it."""
+    """Rewards, by worker processes of its own. What is scored in one call holds up no other call."""
 
     def start(self, config: Config) -> None:
-        from drpo_megatron.rewards import RewardScorer
+        from drpo_megatron.rewards.scorer import RewardScorer
 
         self.scorer = RewardScorer(config.reward)
 
-    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> tuple[list[float], dict[str, Any]]:
-        """With the failures comes an `example`, if there ever was one."""
-        rewards, failures = self.scorer.score(pairs)
-        return rewards, failures | {"example": self.scorer.failure}
+    async def score(self, responses: Sequence[Response]) -> Scored:
+        return await self.scorer.score_responses(responses)
 
 
 def _stay_on_the_network_of(address: str) -> None:

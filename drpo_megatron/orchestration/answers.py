@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from drpo_megatron.config.sections import ArithmeticReward, MathReward, RewardConfig
 from drpo_megatron.data.jsonl import read_jsonl
 from drpo_megatron.rewards.arithmetic import is_integer
-from drpo_megatron.rewards.base import RewardTimeout
-from drpo_megatron.rewards.worker import WorkerReward
+from drpo_megatron.rewards.base import Response
+from drpo_megatron.rewards.pool import PoolOptions, WorkerPool
 from drpo_megatron.types import Prompt
 
 _READABLE = "drpo_megatron.rewards.math:readable"
-_MAX_WORKERS = 8
-_ANSWERS_A_WORKER = 200
-"""A worker takes a second to start, and some milliseconds an answer."""
 _NUM_NAMED = 10
 
 
@@ -48,32 +43,21 @@ def _readable(answers: set[str], reward: RewardConfig) -> dict[str, bool]:
         case ArithmeticReward():
             return {answer: is_integer(answer) for answer in answers}
         case MathReward():
-            return _math_readable(sorted(answers), reward.timeout_s)
+            return _math_readable(sorted(answers), reward)
     return dict.fromkeys(answers, True)
 
 
-def _math_readable(answers: Sequence[str], timeout_s: float) -> dict[str, bool]:
+def _math_readable(answers: Sequence[str], reward: MathReward) -> dict[str, bool]:
     """Plain integers need no parser. The rest goes to processes that can be killed, as when answers are compared."""
-    others = [answer for answer in answers if not is_integer(answer)]
-    num_workers = min(_MAX_WORKERS, os.cpu_count() or 1, -(-len(others) // _ANSWERS_A_WORKER))
     can_read = dict.fromkeys(answers, True)
-
-    def read(share: Sequence[str]) -> dict[str, bool]:
-        worker = WorkerReward(_READABLE, timeout_s)
-        try:
-            return {answer: _is_readable(worker, answer) for answer in share}
-        finally:
-            worker.close()
-
+    others = [answer for answer in answers if not is_integer(answer)]
     if others:
-        with ThreadPoolExecutor(num_workers) as pool:
-            for part in pool.map(read, [others[i::num_workers] for i in range(num_workers)]):
-                can_read |= part
+        pool = WorkerPool(PoolOptions(_READABLE, reward.timeout_s, reward.num_workers, may_give_up=False))
+        try:
+            verdicts = pool.submit([Response("", Prompt("", (), answer)) for answer in others])
+            can_read |= {
+                answer: verdict.result().reward == 1.0 for answer, verdict in zip(others, verdicts, strict=True)
+            }
+        finally:
+            pool.close()
     return can_read
-
-
-def _is_readable(worker: WorkerReward, answer: str) -> bool:
-    try:
-        return worker("", answer, Prompt("", (), answer)) == 1.0
-    except (RewardTimeout, RuntimeError):
-        return False

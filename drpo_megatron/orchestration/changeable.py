@@ -50,6 +50,8 @@ CHANGEABLE = {
     "rollout.engine.sync_dir": "how weights travel",
     "rollout.engine.sync_timeout_s": "a time-out",
     "reward.timeout_s": "a time-out",
+    "reward.num_workers": "speed",
+    "reward.concurrency": "speed",
 }
 """Keys, or whole sections, by what they do. Everything else is refused by name."""
 

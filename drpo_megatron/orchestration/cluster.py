@@ -54,6 +54,8 @@ LOOPBACK = "127.0.0.1"
 _ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 _CALLS_AT_ONCE = 16
 """Of the engine in front of SGLang servers: rollouts of several steps, new weights in between, pings."""
+_SCORINGS_AT_ONCE = 2**16
+"""More than a run has groups underway: one that hangs must not keep others from the workers."""
 _RAY_ATTEMPTS = 4
 _OBJECT_STORE_BYTES = 512 * 2**20
 """Of our own Ray: holds a weight bucket, a rollout and little else; more than that spills to the disk."""
@@ -260,7 +262,10 @@ def launch(config: Config, numbers: Numbers, logs: Path) -> Workers:
         add(EngineActor, f"engine {i}", f"engine-{i}", engine_environment, spot, calls_at_once)
         for i in range(numbers.engines)
     ]
-    rewards = [add(RewardActor, "rewards", "rewards", _environment(config, 1), Spot()) for _ in range(numbers.rewards)]
+    rewards = [
+        add(RewardActor, "rewards", "rewards", _environment(config, 1), Spot(), _SCORINGS_AT_ONCE)
+        for _ in range(numbers.rewards)
+    ]
     each = gpus_a_server(config)
     servers = [
         add(

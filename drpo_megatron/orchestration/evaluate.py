@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from drpo_megatron.config.sections import TransformersEngineSection
 from drpo_megatron.data.prompts import content_hash, read_prompts
 from drpo_megatron.data.tokenize import check_template, load_tokenizer
 from drpo_megatron.orchestration.answers import unreadable_answers
-from drpo_megatron.rewards import RewardScorer
 from drpo_megatron.rewards.failures import FailureWatch
+from drpo_megatron.rewards.scorer import RewardScorer
 from drpo_megatron.rollout.engine import SamplingParams
 from drpo_megatron.rollout.evaluation import EvalResult, ProblemScores, score_prompts, summarise
 from drpo_megatron.rollout.score_file import ScoreFile
@@ -87,9 +88,7 @@ def _scores(prompts: Sequence[Prompt], config: Config, at_once: int, watch: Fail
     embedded = section if isinstance(section, TransformersEngineSection) else TransformersEngineSection()
     params = SamplingParams(config.rollout.max_response_tokens, config.eval.temperature)
     scorer = RewardScorer(config.reward)
-
-    def observe(num_scored: int, failures: Mapping[str, Any]) -> None:
-        watch.observe("this evaluation", num_scored, {**failures, "example": scorer.failure})
+    observe = partial(watch.observe, "this evaluation")
 
     try:
         device = "cuda" if resolve_backend(config.trainer.backend) == "gpu" else "cpu"
@@ -112,7 +111,7 @@ def _settings(prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
         "samples": config.eval.samples_per_prompt,
         "temperature": config.eval.temperature,
         "max_response_tokens": config.rollout.max_response_tokens,
-        "reward": config.reward.model_dump(mode="json"),
+        "reward": config.reward.model_dump(mode="json", exclude={"num_workers", "concurrency"}, exclude_none=True),
         "seed": config.run.seed,
     }
 

@@ -8,7 +8,7 @@
       |          |    completions       ^           |   samples = to_samples(groups, advantages)  |
       |  driver  |                      | buckets   |   report  = train(samples)                  |
       |          | -----> rewards       |           |   publish()                                 |
-      |          | <----- (1 process)   |           |   log, save, evaluate                       |
+      |          | <----- (n workers)   |           |   log, save, evaluate                       |
       |          |                      |           +---------------------------------------------+
       |          |    samples           |
       +----------+ ----------------> trainer ranks (Megatron; the optimiser steps of one rollout)
@@ -30,7 +30,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +45,7 @@ from drpo_megatron.orchestration.run_directory import ROLLOUTS_FILE, TRAINER_FIL
 from drpo_megatron.orchestration.warmup import WarmupProgress, warm_up
 from drpo_megatron.orchestration.workers import Workers
 from drpo_megatron.rewards.failures import FailureWatch
+from drpo_megatron.rewards.scorer import Scored, metric_means
 from drpo_megatron.rollout.evaluation import evaluate
 from drpo_megatron.rollout.sampler import to_samples
 from drpo_megatron.types import Prompt, RolloutGroup, Sample, StepReport
@@ -211,11 +211,16 @@ class Loop:
         can = bool(self.heldout) and len(self.workers.engines) > 0
         if not is_due or not can or step in self.accuracy or self.stop_reason is not None:
             return
+        metrics: dict[str, float] = {}
+
+        def watch(scored: Scored) -> None:
+            self.watch_rewards.observe(f"the evaluation of step {step}", scored)
+            metrics.update(metric_means("eval/reward", scored.metrics))
+
         with self.clock.phase("eval"):
-            watch = partial(self.watch_rewards.observe, f"the evaluation of step {step}")
             result = evaluate(self.workers.engines, self.workers.rewards, self.heldout, self.config, watch)
         self.accuracy[step] = result.mean
-        self.metrics.amend(step, result.heldout.as_metrics() | self.timings_after())
+        self.metrics.amend(step, metrics | result.heldout.as_metrics() | self.timings_after())
         if self._saved_step == step:
             self.run_directory.update_progress(self.progress(step), self.config)
 

@@ -7,7 +7,8 @@
     prompts --requests--> engines --completions as they are drawn--> groups --> rewards --> RolloutBuffer --take-->
 
 Only `take` and `settle` wait; in the meantime every wait of the driver (for the trainer ranks, mostly) moves groups on.
-A group goes to the rewards as soon as its last completion is there, while others are still drawn.
+A group goes to the rewards as soon as its last completion is there, while others are still drawn, and to the buffer as
+soon as its last reward is there, while others are still scored.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from drpo_megatron.config import Config
@@ -23,12 +25,11 @@ from drpo_megatron.objectives.advantages import is_equal_group
 from drpo_megatron.orchestration.clock import Clock
 from drpo_megatron.orchestration.workers import EngineGroup, RewardGroup
 from drpo_megatron.rewards.failures import FailureWatch
+from drpo_megatron.rewards.scorer import Scored, metric_means
 from drpo_megatron.rollout.buffer import RolloutBuffer
 from drpo_megatron.rollout.engine import SamplingParams
 from drpo_megatron.rollout.sampler import make_requests
 from drpo_megatron.types import Completion, Prompt, RolloutGroup
-
-_NO_FAILURES: dict[str, Any] = {"num_timeouts": 0, "num_errors": 0}
 
 
 @dataclass(slots=True)
@@ -65,7 +66,7 @@ class Rollouts:
         self.num_reward_failures = 0
         """Rewards that timed out or raised so far, and counted as 0."""
         self._watch = watch or FailureWatch(print)
-        self._num_scored, self._failures = 0, dict(_NO_FAILURES)
+        self._scored: list[Scored] = []
         """Since the last `take`."""
         self._in_flight: dict[int, _Drawing] = {}
         """By ticket."""
@@ -97,7 +98,8 @@ class Rollouts:
                 elif not self._in_flight:
                     self._draw(count - buffer.num_wanted, step)
                     num_rounds -= 1
-        self._observe_failures(f"step {step}")
+        scored, self._scored = self._scored, []
+        self._watch.observe(f"step {step}", *scored)
         chosen, passed_over = buffer.take(count, first_ticket)
         counters = {"rollout/num_dropped/sum": buffer.num_dropped, "reward/failures/sum": self.num_reward_failures}
         others = [*passed_over, *dropped]
@@ -158,7 +160,7 @@ class Rollouts:
         self.engines.stream(requests, self.params, receive)
 
     def _receive(self, drawn: list[tuple[int, int, Completion]]) -> None:
-        """Completions by ticket and place in the group. Groups that are complete now go to the rewards together."""
+        """Completions by ticket and place in the group. Each group that is complete now goes to the rewards."""
         complete = []
         for ticket, place, completion in drawn:
             drawing = self._in_flight[ticket]
@@ -171,41 +173,26 @@ class Rollouts:
         self._num_awaited -= len(drawn)
         if not self._num_awaited:
             self.clock.end("generate")
-        if complete:
-            self._score(sorted(complete))
+        for ticket in sorted(complete):
+            self._score(ticket)
 
-    def _score(self, tickets: list[int]) -> None:
-        drawings = [self._in_flight[ticket] for ticket in tickets]
-        pairs = [(drawing.prompt, c) for drawing in drawings for c in drawing.completions if c is not None]
+    def _score(self, ticket: int) -> None:
+        prompt = self._in_flight[ticket].prompt
+        completions = tuple(c for c in self._in_flight[ticket].completions if c is not None)
 
-        def receive(answer: tuple[list[float], dict[str, Any]]) -> None:
-            scores, failures = answer
-            self._end_scoring(len(scores), failures)
-            for i, ticket in enumerate(tickets):
-                size = self.config.rollout.samples_per_prompt
-                span = slice(i * size, (i + 1) * size)
-                completions = tuple(completion for _, completion in pairs[span])
-                self.buffer.put(ticket, RolloutGroup(drawings[i].prompt, completions, tuple(scores[span])))
-                del self._in_flight[ticket]
+        def receive(scored: Scored) -> None:
+            self._scored.append(scored)
+            self.num_reward_failures += scored.num_failures
+            metrics = tuple(scored.metrics) if any(scored.metrics) else ()
+            self.buffer.put(ticket, RolloutGroup(prompt, completions, tuple(scored.rewards), metrics))
+            del self._in_flight[ticket]
+            self._num_scorings -= 1
+            if not self._num_scorings:
+                self.clock.end("reward")
 
         self._num_scorings += 1
         self.clock.begin("reward")
-        self.rewards.submit(pairs, receive)
-
-    def _end_scoring(self, num_scored: int, failures: dict[str, Any]) -> None:
-        self.num_reward_failures += failures["num_timeouts"] + failures["num_errors"]
-        self._num_scored += num_scored
-        for name in ("num_timeouts", "num_errors"):
-            self._failures[name] += failures[name]
-        self._failures["example"] = failures.get("example")
-        self._num_scorings -= 1
-        if not self._num_scorings:
-            self.clock.end("reward")
-
-    def _observe_failures(self, where: str) -> None:
-        num_scored, failures = self._num_scored, self._failures
-        self._num_scored, self._failures = 0, dict(_NO_FAILURES)
-        self._watch.observe(where, num_scored, failures)
+        self.rewards.submit([(prompt, completion) for completion in completions], receive)
 
 
 def rollout_metrics(
@@ -220,7 +207,7 @@ def rollout_metrics(
     rewards = [reward for group in groups for reward in group.rewards]
     staleness = [policy_version - completion.policy_version for group in chosen for completion in group.completions]
     num_tokens = sum(len(completion.token_ids) for completion in completions)
-    return {
+    return metric_means("reward", chain.from_iterable(group.reward_metrics for group in groups)) | {
         "reward/mean": math.fsum(rewards) / len(rewards),
         "rollout/num_tokens": num_tokens,
         "rollout/response_length/mean": num_tokens / len(completions),

@@ -27,9 +27,11 @@ from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorErro
 from drpo_megatron.orchestration import signals
 from drpo_megatron.orchestration.actors import Place
 from drpo_megatron.orchestration.examine import examine
+from drpo_megatron.rewards.base import Response
 from drpo_megatron.types import Completion, Prompt
 
 if TYPE_CHECKING:
+    from drpo_megatron.rewards.scorer import Scored
     from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
 
 _POLL_S = 1.0
@@ -301,18 +303,18 @@ class EngineGroup(ActorGroup):
 
 
 class RewardGroup(ActorGroup):
-    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> tuple[list[float], dict[str, Any]]:
-        """Rewards in order, and how many of them timed out or failed (those are 0), with an example."""
-        return self.call("score", pairs)[0]
+    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> Scored:
+        return self.call("score", _responses(pairs))[0]
 
-    def submit(
-        self,
-        pairs: Sequence[tuple[Prompt, Completion]],
-        receive: Callable[[tuple[list[float], dict[str, Any]]], None],
-    ) -> None:
-        """`score` in the background."""
+    def submit(self, pairs: Sequence[tuple[Prompt, Completion]], receive: Callable[[Scored], None]) -> None:
+        """`score` in the background, beside what else is being scored."""
         [process] = self.processes
-        self.supervisor.watch(process, process.actor.score.remote(pairs), receive)
+        self.supervisor.watch(process, process.actor.score.remote(_responses(pairs)), receive)
+
+
+def _responses(pairs: Sequence[tuple[Prompt, Completion]]) -> list[Response]:
+    """What rewards may see: no log-probs, no routed experts."""
+    return [Response.of(prompt, completion) for prompt, completion in pairs]
 
 
 @dataclass(frozen=True, slots=True)

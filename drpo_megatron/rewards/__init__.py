@@ -3,9 +3,9 @@
 reward: {name: arithmetic}
 reward: {name: math, timeout_s: 5}
 reward: {name: import, path: "my_package.my_module:my_reward", timeout_s: 10}
+
+    scorer.py   a rollout's rewards, in order, with what failed
+    pool.py     user code runs in worker processes (process.py, worker.py; guardian.py ends them, channel.py is between)
+
+Imports nothing here: workers start with it.
 """
-
-from drpo_megatron.rewards.registry import build
-from drpo_megatron.rewards.scorer import RewardScorer
-
-__all__ = ["RewardScorer", "build"]

@@ -9,16 +9,11 @@ from drpo_megatron.types import Prompt
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 
 
-class ArithmeticReward:
+def arithmetic_reward(response: str, answer: str, prompt: Prompt) -> float:
     """The whole response, spaces around it aside, must be the integer: a search for the last number in it would reward
     a policy that lists candidates."""
-
-    def __call__(self, response: str, answer: str, prompt: Prompt) -> float:
-        text = response.strip()
-        return float(is_integer(text) and _same_integer(text, answer.strip()))
-
-    def close(self) -> None:
-        pass
+    text = response.strip()
+    return float(is_integer(text) and _same_integer(text, answer.strip()))
 
 
 def is_integer(answer: str) -> bool:

@@ -1,17 +1,50 @@
-"""What a reward is."""
+"""What a reward is given, and what comes of it.
+
+Response -> Reward.submit -> a Future of a Verdict each, as they come out
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from drpo_megatron.types import Prompt
+from drpo_megatron.types import Completion, FinishReason, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What a reward may see of one sample."""
+
+    text: str
+    prompt: Prompt
+    num_tokens: int = 0
+    finish_reason: FinishReason = "stop"
+
+    @staticmethod
+    def of(prompt: Prompt, completion: Completion) -> Response:
+        return Response(completion.text, prompt, len(completion.token_ids), completion.finish_reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """On one response. Of one that failed the reward is 0."""
+
+    reward: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the function returned beside the reward, by name."""
+    failure: str | None = None
+    """Why there is no reward, in words."""
+    is_timeout: bool = False
+    """The failure is a time-out."""
 
 
 class Reward(Protocol):
-    """Worth of one response: larger is better. A text it cannot read is worth 0, not an exception."""
+    """Worth of responses: larger is better. A text it cannot read is worth 0, not an exception."""
 
-    def __call__(self, response: str, answer: str, prompt: Prompt) -> float:
-        """Raises RewardTimeout if it took longer than the reward's own limit."""
+    def submit(self, responses: Sequence[Response]) -> list[Future[Verdict]]:
+        """Returns at once. A future raises only when the reward as a whole can't go on."""
         ...
 
     def close(self) -> None:
@@ -19,9 +52,34 @@ class Reward(Protocol):
         ...
 
 
-class WorkerDied(RuntimeError):
-    """The process that computed the reward of one response ended."""
+class InProcess:
+    """A function of (response, answer, prompt) that neither hangs nor crashes, called here."""
+
+    def __init__(self, function: Callable[[str, str, Prompt], float]) -> None:
+        self._function = function
+
+    def submit(self, responses: Sequence[Response]) -> list[Future[Verdict]]:
+        futures = []
+        for response in responses:
+            future: Future[Verdict] = Future()
+            reward = self._function(response.text, response.prompt.answer, response.prompt)
+            future.set_result(Verdict(reward))
+            futures.append(future)
+        return futures
+
+    def close(self) -> None:
+        pass
 
 
-class RewardTimeout(Exception):
-    """The reward of one response took too long."""
+class LostWorkers(Exception):
+    """Every reward so far took its worker with it."""
+
+    def __init__(self, count: int, response: Response, failure: str) -> None:
+        super().__init__(count, response, failure)
+        self.count, self.response, self.failure = count, response, failure
+
+
+def cut(value: Any, length: int = 80) -> str:
+    """Its repr, or the beginning of it."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 3]}..."

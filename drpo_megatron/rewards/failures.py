@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
+from drpo_megatron.rewards.scorer import Scored
 from drpo_megatron.rounding import tolerance
 
 _MAX_BARREN = 3
@@ -18,7 +18,7 @@ class FailureWatch:
 
     Example:
         watch = FailureWatch(say)
-        watch.observe("step 1", 32, {"num_timeouts": 0, "num_errors": 3, "example": "reward my:f: KeyError: 'x' (...)"})
+        watch.observe("step 1", scored)
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -47,21 +47,23 @@ class FailureWatch:
             "shows both"
         )
 
-    def observe(self, where: str, num_scored: int, failures: Mapping[str, Any]) -> None:
+    def observe(self, where: str, *scored: Scored) -> None:
         """Says the first failure that there is, with its example.
 
         Raises: ValueError with the same when all failed: at once if no reward has come out yet, else the third time in
             a row.
         """
-        failed = failures["num_timeouts"] + failures["num_errors"]
-        self._has_scored |= num_scored > failed
-        self._num_barren = 0 if num_scored > failed else self._num_barren + (num_scored > 0)
-        if not failed:
+        num_scored = sum(len(some.rewards) for some in scored)
+        num_failed = sum(some.num_failures for some in scored)
+        num_timeouts = sum(some.num_timeouts for some in scored)
+        self._has_scored |= num_scored > num_failed
+        self._num_barren = 0 if num_scored > num_failed else self._num_barren + (num_scored > 0)
+        if not num_failed:
             return
-        what = f"{failed} of {num_scored} rewards failed in {where}"
-        what += f" ({failures['num_timeouts']} of them timed out)" if failures["num_timeouts"] else ""
-        example = failures.get("example") or "logs/rewards.log has the first"
-        if failed == num_scored and (not self._has_scored or self._num_barren >= _MAX_BARREN):
+        what = f"{num_failed} of {num_scored} rewards failed in {where}"
+        what += f" ({num_timeouts} of them timed out)" if num_timeouts else ""
+        example = next((some.example for some in scored if some.example), "logs/rewards.log has the first")
+        if num_failed == num_scored and (not self._has_scored or self._num_barren >= _MAX_BARREN):
             raise ValueError(f"{what}, so there is nothing to learn from; {example}")
         if not self._has_warned:
             self._has_warned = True

@@ -20,7 +20,7 @@ def math_reward(response: str, answer: str, prompt: Prompt) -> float:
     Of multiple choice, `(C) 36`, as much is compared as both sides give: the letter, the value, or both.
 
     math-verify's own time limits are off: they are alarm signals, which only a main thread gets, and which do not
-    interrupt all of sympy. The process that calls this is killed instead (`worker.py`).
+    interrupt all of sympy. The process that calls this is killed instead (`pool.py`).
     """
     gold = final_answer(answer)
     letter, value = choice(gold)

@@ -2,90 +2,117 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from drpo_megatron.config.sections import RewardConfig
-from drpo_megatron.rewards.base import RewardTimeout, WorkerDied
-from drpo_megatron.rewards.imported import as_number
+from drpo_megatron.rewards.base import LostWorkers, Response, Verdict, cut
 from drpo_megatron.rewards.registry import build
 from drpo_megatron.types import Completion, Prompt
 
-_MAX_LOST = 8
-
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Of some responses, in their order."""
+
+    rewards: list[float]
+    metrics: list[Mapping[str, float]]
+    """What the function returned beside each reward."""
+    num_timeouts: int
+    num_errors: int
+    """Rewards that failed, and count as 0."""
+    example: str | None = None
+    """The first reward that ever failed, in words: the function, the error, and the response."""
+
+    @property
+    def num_failures(self) -> int:
+        return self.num_timeouts + self.num_errors
+
+
+def metric_means(group: str, metrics: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """`group/NAME` for every metric: the mean over the responses that have it."""
+    values: dict[str, list[float]] = {}
+    for one in metrics:
+        for name, value in one.items():
+            values.setdefault(f"{group}/{name}", []).append(value)
+    return {name: math.fsum(some) / len(some) for name, some in sorted(values.items())}
 
 
 class RewardScorer:
     """Scores completions with the reward of a config section.
 
     Example:
-        rewards, counts = RewardScorer(config.reward).score([(prompt, completion), ...])
+        scored = RewardScorer(config.reward).score([(prompt, completion), ...])
     """
 
     def __init__(self, config: RewardConfig) -> None:
         self._reward = build(config)
         self._name = config.path if config.name == "import" else config.name
-        self._num_lost: int | None = 0
-        """Workers that were lost before the first reward came out. None: one did."""
-        self.failure: str | None = None
-        """The first reward that failed, in words: the function, the error, and the response."""
+        self._example: str | None = None
 
-    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> tuple[list[float], dict[str, int]]:
-        """The rewards in order, and {"num_timeouts", "num_errors"} of this call.
+    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> Scored:
+        """What the rewards are doesn't depend on the number of workers, nor on which of them ends first.
 
-        A response whose reward times out, raises or is no number is worth 0; the first is logged, and kept as `failure`.
-        Raises ValueError, naming function and prompt, for a reward that is not finite: training on it would end in NaN.
+        A response whose reward times out, raises or is no number is worth 0; the first is logged, and kept as `example`.
+        Raises ValueError, naming function and prompt, for a reward or a metric that is not finite, since training on it
+        would end in NaN, and for a function that takes every worker with it.
         """
-        counts = {"num_timeouts": 0, "num_errors": 0}
-        return [self._score_one(prompt, completion, counts) for prompt, completion in pairs], counts
+        responses = [Response.of(prompt, completion) for prompt, completion in pairs]
+        futures = self._reward.submit(responses)
+        try:
+            return self._scored(responses, [future.result() for future in futures])
+        except LostWorkers as lost:
+            raise self._given_up(lost) from None
+
+    async def score_responses(self, responses: Sequence[Response]) -> Scored:
+        """`score`, beside others that are being scored."""
+        futures = [asyncio.wrap_future(future) for future in self._reward.submit(responses)]
+        try:
+            return self._scored(responses, await asyncio.gather(*futures))
+        except LostWorkers as lost:
+            raise self._given_up(lost) from None
 
     def close(self) -> None:
         self._reward.close()
 
-    def _score_one(self, prompt: Prompt, completion: Completion, counts: dict[str, int]) -> float:
-        try:
-            reward = as_number(self._reward(completion.text, prompt.answer, prompt))
-        except RewardTimeout as error:
-            counts["num_timeouts"] += 1
-            self._note(f"{error}", prompt, completion)
-            self._lose()
-            return 0.0
-        except WorkerDied as error:
-            counts["num_errors"] += 1
-            self._note(f"{error}", prompt, completion)
-            self._lose()
-            return 0.0
-        except Exception as error:  # User code and symbolic algebra raise anything; the counts and the driver say so.
-            counts["num_errors"] += 1
-            self._note(f"{error}", prompt, completion)
-            return 0.0
-        self._num_lost = None
-        if not math.isfinite(reward):
-            raise ValueError(
-                f"reward {self._name}: the reward of a response to prompt {prompt.prompt_id} is {reward}; rewards must be "
-                f"finite numbers (answer {_short(prompt.answer)}, response {_short(completion.text)})"
-            )
-        return reward
-
-    def _lose(self) -> None:
-        """A worker; each costs its time limit, or a start. Raises ValueError when there was nothing else so far."""
-        if self._num_lost is None:
-            return
-        self._num_lost += 1
-        if self._num_lost >= _MAX_LOST:
-            raise ValueError(f"the first {self._num_lost} rewards each took their worker with them; {self.failure}")
-
-    def _note(self, error: str, prompt: Prompt, completion: Completion) -> None:
-        if self.failure is not None:
-            return
-        self.failure = (
-            f"reward {self._name}: {error} (prompt {prompt.prompt_id}, answer {_short(prompt.answer)}, response "
-            f"{_short(completion.text)})"
+    def _scored(self, responses: Sequence[Response], verdicts: Sequence[Verdict]) -> Scored:
+        for response, verdict in zip(responses, verdicts, strict=True):
+            self._check(response, verdict)
+        num_timeouts = sum(verdict.is_timeout for verdict in verdicts)
+        num_failures = sum(verdict.failure is not None for verdict in verdicts)
+        return Scored(
+            [verdict.reward for verdict in verdicts],
+            [verdict.metrics for verdict in verdicts],
+            num_timeouts,
+            num_failures - num_timeouts,
+            self._example,
         )
-        logger.warning("the first reward that failed is 0 (later ones are only counted): %s", self.failure)
 
+    def _check(self, response: Response, verdict: Verdict) -> None:
+        if verdict.failure is not None and self._example is None:
+            self._example = self._described(response, verdict.failure)
+            logger.warning("the first reward that failed is 0 (later ones are only counted): %s", self._example)
+        for name, value in (
+            ("the reward", verdict.reward),
+            *((f"metric {n!r}", v) for n, v in verdict.metrics.items()),
+        ):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"reward {self._name}: {name} of a response to prompt {response.prompt.prompt_id} is {value}; rewards "
+                    f"and metrics must be finite numbers (answer {cut(response.prompt.answer)}, response {cut(response.text)})"
+                )
 
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:77]}...")
+    def _described(self, response: Response, failure: str) -> str:
+        return (
+            f"reward {self._name}: {failure} (prompt {response.prompt.prompt_id}, answer {cut(response.prompt.answer)}, "
+            f"response {cut(response.text)})"
+        )
+
+    def _given_up(self, lost: LostWorkers) -> ValueError:
+        what = self._described(lost.response, lost.failure)
+        return ValueError(f"the first {lost.count} rewards each took their worker with them; {what}")

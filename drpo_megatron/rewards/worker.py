@@ -1,166 +1,162 @@
-"""A reward function in a process that is killed when it takes too long: the one time limit that nothing evades."""
+"""The process that calls a reward function. Started by `pool.py`, which ends it.
+
+It says whether the function is async once that is imported, or what is wrong with it. Then it answers every
+(number, responses) with (number, verdicts), or (number, what went wrong). Time limits of a plain function are the pool's:
+it kills the process. An async function has several calls at a time, and its limits here. The number of the call that runs
+just now is in `Place`: of the one that ended the process, or that keeps the loop for itself.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
+import asyncio
+import mmap
 import os
 import signal
-import sys
-import threading
-import uuid
-from collections.abc import Iterator
-from contextlib import suppress
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
-from pathlib import Path
+import socket
+import struct
+from collections.abc import Coroutine, Generator
+from typing import Any
 
-from drpo_megatron.rewards.base import RewardTimeout, WorkerDied
-from drpo_megatron.rewards.imported import as_number, load_function
-from drpo_megatron.types import Prompt
+from drpo_megatron.rewards import channel, guardian
+from drpo_megatron.rewards.base import Response, Verdict
+from drpo_megatron.rewards.functions import RewardFunction, described
 
-_STARTUP_S = 120.0
-"""Importing the function's module may take long; it is not part of any response's time."""
-_GRACE_S = 0.1
-"""How long a process that closed its pipe may take to end by itself, so that its own exit code is known."""
-_ORPHAN_S = 1.0
-"""How much later than the parent would the worker ends itself."""
-_MARK = "DRPO_REWARD_WORKER"
-"""Environment variable of a worker and of all that it starts, whatever session or parent they choose."""
-_marking = threading.Lock()
-_KILL_ROUNDS = 20
-"""Each kills all that are there; more than two only against those that fork without end."""
+_NUMBER = struct.Struct("q")
+NOBODY = -1
+
+Answer = tuple[int, list[Verdict] | str]
+TIMED_OUT = ""
+"""In place of what went wrong: an async call took longer than its limit."""
 
 
-class WorkerReward:
-    """The function at `package.module:function`, one call at a time in a worker process.
+class Place:
+    """Memory that pool and worker share: the number of the call that runs just now."""
 
-    A call that exceeds `timeout_s` raises RewardTimeout; its worker is killed. A worker that dies (os._exit, out of
-    memory) makes its call raise RuntimeError. Either is replaced at the next call. The first worker starts at once, so
-    that a wrong path is a ValueError here and not in the middle of a run. What the function raises, a call raises as
-    RuntimeError, sys.exit() included. Processes that the function started end with their worker.
-    """
+    def __init__(self, file: int) -> None:
+        self._memory = mmap.mmap(file, _NUMBER.size)
 
-    def __init__(self, path: str, timeout_s: float) -> None:
-        self._path, self._timeout_s = path, timeout_s
-        self._worker: _Worker | None = _Worker(path, timeout_s)
+    @staticmethod
+    def make() -> tuple[int, Place]:
+        """A file for the worker to open it by, and the place."""
+        file = os.memfd_create("reward-call")
+        os.ftruncate(file, _NUMBER.size)
+        place = Place(file)
+        place.number = NOBODY
+        return file, place
 
-    def __call__(self, response: str, answer: str, prompt: Prompt) -> float:
-        if self._worker is None:
-            self._worker = _Worker(self._path, self._timeout_s)
-        try:
-            return self._worker.ask((response, answer, prompt))
-        except (TimeoutError, EOFError, BrokenPipeError, ConnectionResetError) as error:
-            exit_code = self._worker.kill()
-            self._worker = None
-            if isinstance(error, TimeoutError):
-                raise RewardTimeout(f"{self._path} took longer than timeout_s={self._timeout_s:g}") from None
-            raise WorkerDied(f"the worker of {self._path} died with exit code {exit_code}") from error
+    @property
+    def number(self) -> int:
+        return _NUMBER.unpack_from(self._memory)[0]
+
+    @number.setter
+    def number(self, number: int) -> None:
+        _NUMBER.pack_into(self._memory, 0, number)
 
     def close(self) -> None:
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker = None
+        self._memory.close()
 
 
-class _Worker:
-    """The process and this end of its pipe."""
-
-    def __init__(self, path: str, timeout_s: float) -> None:
-        # Spawned, not forked: the parent may hold threads (Ray, torch), whose locks a fork would copy as they stand.
-        context = multiprocessing.get_context("spawn")
-        self._timeout_s = timeout_s
-        self._connection, theirs = context.Pipe()
-        self._mark = uuid.uuid4().hex
-        self._process = context.Process(target=_serve, args=(theirs, path, timeout_s, self._mark), daemon=True)
-        resource_tracker.ensure_running()  # It is this process's own, and must not carry the mark.
-        with _marking:
-            os.environ[_MARK] = self._mark
-            self._process.start()
-            del os.environ[_MARK]
-        theirs.close()
-        try:
-            in_time = self._connection.poll(_STARTUP_S)
-            late = f"reward path={path!r} could not be imported within {_STARTUP_S:g} s"
-            problem = self._connection.recv() if in_time else late
-        except EOFError:
-            problem = f"reward path={path!r}: importing it ended the process"
-        if problem is not None:
-            self.kill()
-            raise ValueError(problem)
-
-    def ask(self, arguments: tuple[str, str, Prompt]) -> float:
-        self._connection.send(arguments)
-        if not self._connection.poll(self._timeout_s):
-            raise TimeoutError
-        reward, problem = self._connection.recv()
-        if problem is not None:
-            raise RuntimeError(problem)
-        return reward
-
-    def kill(self) -> int | None:
-        """The exit code: the process's own if it had ended before."""
-        self._process.join(_GRACE_S)
-        self._process.kill()
-        self._process.join()
-        kill_marked(self._mark)
-        self._connection.close()
-        return self._process.exitcode
-
-
-def kill_marked(mark: str) -> None:
-    """Every other process of this machine that carries the mark, those that it starts meanwhile included."""
-    for _ in range(_KILL_ROUNDS):
-        found = list(_marked(mark))
-        if not found:
-            return
-        for pid in found:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-
-def _marked(mark: str) -> Iterator[int]:
-    wanted = f"{_MARK}={mark}".encode()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            if wanted not in (entry / "environ").read_bytes().split(b"\0"):
-                continue
-            if (entry / "stat").read_bytes().rpartition(b")")[2].split()[0] in (b"Z", b"X"):
-                continue
-        except OSError:  # It has ended, or is another user's.
-            continue
-        yield int(entry.name)
-
-
-def _serve(connection: Connection, path: str, timeout_s: float, mark: str) -> None:
-    """Answer None or a problem once the function is imported, then (reward, problem) to every call.
-
-    Ends when the other end of the pipe does. Should the parent be killed while the function hangs, an alarm ends it.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent decides.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+def main(settings: dict[str, Any]) -> None:
+    """`settings`: path, takes_batches, timeout_s, mark, and the file descriptors `connection` and `place`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's, who decides.
+    connection = socket.socket(fileno=settings["connection"])
     try:
-        function = load_function(path)
+        function = RewardFunction(settings["path"], settings["takes_batches"])
     except ValueError as error:
-        connection.send(str(error))
+        channel.send(connection, str(error))
         return
-    connection.send(None)
+    channel.send(connection, function.is_async)
+    place = Place(settings["place"])
+    if function.is_async:
+        asyncio.run(_AsyncCalls(function, connection, place, settings["timeout_s"]).serve())
+    else:
+        _serve(function, connection, place)
+    guardian.kill_marked(settings["mark"], [os.getpid()])  # While it leads its session, which tells what is in there.
+    os._exit(0)  # Threads of the user's do not keep it.
+
+
+def _serve(function: RewardFunction, connection: socket.socket, place: Place) -> None:
     pid = os.getpid()
     while True:
         try:
-            arguments = connection.recv()
-        except EOFError:
-            break
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_S)
+            number, responses = channel.receive(connection)
+        except (EOFError, OSError):
+            return
+        answer: Answer
+        place.number = number
         try:
-            reward, problem = as_number(function(*arguments)), None
-        except BaseException as error:  # Whatever the user's function raises, sys.exit() too: the caller reports it.
-            reward, problem = 0.0, f"{type(error).__name__}: {error}"
+            answer = number, function(responses)
+        except BaseException as error:  # Whatever the user's function raises, sys.exit() too: the scorer reports it.
+            answer = number, described(error)
         if os.getpid() != pid:
             os._exit(0)  # A child that the function forked and that came back: there is one answer a call.
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        connection.send((reward, problem))
-    kill_marked(mark)
+        channel.send(connection, answer)
+        place.number = NOBODY
+
+
+class _AsyncCalls:
+    """Calls of an async function, side by side in one event loop."""
+
+    def __init__(self, function: RewardFunction, connection: socket.socket, place: Place, timeout_s: float) -> None:
+        self._function, self._connection, self._place, self._timeout_s = function, connection, place, timeout_s
+        self._pid = os.getpid()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def serve(self) -> None:
+        loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._connection, self._begin)
+        await self._ended.wait()
+
+    def _begin(self) -> None:
+        try:
+            number, responses = channel.receive(self._connection)
+        except (EOFError, OSError):
+            self._ended.set()
+            return
+        task = asyncio.create_task(self._answer(number, responses))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, number: int, responses: list[Response]) -> None:
+        call = asyncio.create_task(self._call(number, responses))
+        await asyncio.wait({call}, timeout=self._timeout_s)
+        if call.done():
+            answer: Answer = number, call.result()
+        else:
+            call.cancel()  # And not waited for: it may refuse.
+            self._tasks.add(call)
+            call.add_done_callback(self._tasks.discard)
+            answer = number, TIMED_OUT
+        channel.send(self._connection, answer)
+
+    async def _call(self, number: int, responses: list[Response]) -> list[Verdict] | str:
+        try:
+            return await _Stepped(self._function.answer(responses), number, self._place)
+        except BaseException as error:  # As in `_serve`; a SystemExit would end the loop.
+            return described(error)
+        finally:
+            if os.getpid() != self._pid:
+                os._exit(0)
+
+
+class _Stepped:
+    """An awaitable that does what its coroutine does, and leaves the call's number in `place` while that runs."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, list[Verdict]], number: int, place: Place) -> None:
+        self._coroutine, self._number, self._place = coroutine, number, place
+
+    def __await__(self) -> Generator[Any, Any, list[Verdict]]:
+        coroutine, sent, thrown = self._coroutine, None, None
+        while True:
+            self._place.number = self._number
+            try:
+                awaited = coroutine.send(sent) if thrown is None else coroutine.throw(thrown)
+            except StopIteration as end:
+                return end.value
+            finally:
+                self._place.number = NOBODY
+            sent = thrown = None
+            try:
+                sent = yield awaited
+            except BaseException as error:  # A cancellation, mostly: the coroutine's own affair.
+                thrown = error

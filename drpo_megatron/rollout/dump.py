@@ -113,6 +113,7 @@ def group_from_dict(fields: dict[str, Any], place: str) -> RolloutGroup:
             prompt=Prompt(**prompt | {"token_ids": tuple(prompt["token_ids"])}),
             completions=tuple(Completion(**{name: _read(value) for name, value in c.items()}) for c in completions),
             rewards=tuple(fields["rewards"]),
+            reward_metrics=tuple(fields.get("reward_metrics", ())),
         )
         _check_kinds(group)
         _check_lengths(group)
@@ -138,6 +139,10 @@ def check_numbers(group: RolloutGroup, vocab_size: float = math.inf) -> None:
     for index, reward in enumerate(group.rewards):
         if not _is_number(reward) or not math.isfinite(reward):
             raise ValueError(f"reward {index} is {reward!r}; rewards must be finite numbers")
+    for index, metrics in enumerate(group.reward_metrics):
+        for name, value in metrics.items():
+            if not _is_number(value) or not math.isfinite(value):
+                raise ValueError(f"metric {name} of reward {index} is {value!r}; metrics must be finite numbers")
     for index, completion in enumerate(group.completions):
         name = f"completion {index}"
         _check_ids(name, completion.token_ids, vocab_size)
@@ -186,6 +191,9 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def _check_kinds(group: RolloutGroup) -> None:
+    for index, metrics in enumerate(group.reward_metrics):
+        if not isinstance(metrics, dict):
+            raise ValueError(f"reward_metrics of completion {index} are {short(repr(metrics))}")
     for what, part in [("prompt", group.prompt), *((f"completion {i}", c) for i, c in enumerate(group.completions))]:
         for name, kinds in _KINDS.items():
             if hasattr(part, name) and not isinstance(getattr(part, name), kinds):
@@ -204,6 +212,8 @@ def _check_kinds(group: RolloutGroup) -> None:
 def _check_lengths(group: RolloutGroup) -> None:
     if len(group.rewards) != len(group.completions):
         raise ValueError(f"it has {len(group.completions)} completions and {len(group.rewards)} rewards")
+    if group.reward_metrics and len(group.reward_metrics) != len(group.completions):
+        raise ValueError(f"it has {len(group.completions)} completions and {len(group.reward_metrics)} reward_metrics")
     for index, completion in enumerate(group.completions):
         for name in ("logprobs", "topk_ids", "topk_logprobs"):
             values = getattr(completion, name)

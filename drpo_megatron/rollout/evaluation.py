@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from drpo_megatron.config.sections import Config
 from drpo_megatron.intervals import HeldOut, all_zero_or_one, reward_interval, share_interval
+from drpo_megatron.rewards.scorer import Scored
 from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
 from drpo_megatron.rollout.sampler import make_requests
 from drpo_megatron.types import Completion, Prompt
@@ -22,7 +23,7 @@ class Generates(Protocol):
 
 
 class Scores(Protocol):
-    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> tuple[list[float], dict[str, Any]]: ...
+    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> Scored: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +77,9 @@ def evaluate(
     rewards: Scores,
     prompts: Sequence[Prompt],
     config: Config,
-    watch: Callable[[int, Mapping[str, Any]], None],
+    watch: Callable[[Scored], None],
 ) -> EvalResult:
-    """Held-out evaluation as the run's `eval` section says. `watch` is told the number of rewards and their failures."""
+    """Held-out evaluation as the run's `eval` section says. `watch` is told the rewards, with their failures."""
     section = config.eval
     params = SamplingParams(config.rollout.max_response_tokens, section.temperature)
     chosen = list(prompts)[: section.max_prompts]
@@ -93,25 +94,25 @@ def score_prompts(
     samples: int,
     params: SamplingParams,
     seed: int,
-    watch: Callable[[int, Mapping[str, Any]], None] = lambda num_scored, failures: None,
+    watch: Callable[[Scored], None] = lambda scored: None,
 ) -> list[ProblemScores]:
     """`samples` completions of every prompt. Their seeds do not depend on the other prompts."""
     completions = engine.generate(make_requests(prompts, samples, seed=seed, step=EVALUATION_STEP), params)
-    scores, failures = rewards.score([(prompts[i // samples], completion) for i, completion in enumerate(completions)])
-    watch(len(scores), failures)
-    scored = []
+    scored = rewards.score([(prompts[i // samples], completion) for i, completion in enumerate(completions)])
+    watch(scored)
+    problems = []
     for index, prompt in enumerate(prompts):
         span = slice(index * samples, (index + 1) * samples)
         mine = completions[span]
-        scored.append(
+        problems.append(
             ProblemScores(
                 prompt_id=prompt.prompt_id,
-                scores=tuple(scores[span]),
+                scores=tuple(scored.rewards[span]),
                 num_tokens=tuple(len(completion.token_ids) for completion in mine),
                 num_truncated=sum(completion.finish_reason == "length" for completion in mine),
             )
         )
-    return scored
+    return problems
 
 
 def summarise(problems: Sequence[ProblemScores], threshold: float | None = None) -> EvalResult:

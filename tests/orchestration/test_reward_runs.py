@@ -12,8 +12,9 @@ from drpo_megatron.intervals import HeldOut
 from tests.orchestration import command
 
 _REWARDS = """
-def plus_or_minus_one(response, answer, prompt):
-    return 1.0 if response and int(response.split()[0][1:]) % 2 == 0 else -1.0
+async def plus_or_minus_one(response, answer, prompt, *, num_tokens, finish_reason, metadata):
+    reward = 1.0 if response and int(response.split()[0][1:]) % 2 == 0 else -1.0
+    return {"reward": reward, "is_right": reward > 0, "tokens": num_tokens, "is_cut": finish_reason == "length"}
 
 def raises(response, answer, prompt):
     raise KeyError("verdict")
@@ -33,7 +34,12 @@ def test_rewards_of_plus_and_minus_one_have_their_mean_and_interval_everywhere(t
         assert -1 <= found.low < found.mean < found.high <= 1 or found.mean in (-1, 1)
         assert summary[f"heldout_{when}"] == found.mean
         assert summary[f"heldout_{when}_interval"] == [found.low, found.high]
+        assert row["eval/reward/is_right"] == pytest.approx((found.mean + 1) / 2)
         assert f"held-out mean reward {found.text()}" in output
+    step = command.metrics(tmp_path / "run")[1]
+    assert step["reward/is_right"] == pytest.approx((step["reward/mean"] + 1) / 2)
+    assert step["reward/tokens"] == pytest.approx(step["rollout/response_length/mean"])
+    assert step["reward/is_cut"] == pytest.approx(step["rollout/truncated_share"])
     assert "held-out problems, mean reward (95 % interval)" in output and "accuracy" not in output
     assert (tmp_path / "run" / "training.png").is_file()
 

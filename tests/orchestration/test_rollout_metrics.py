@@ -16,6 +16,7 @@ from drpo_megatron.data.prompts import PromptStream
 from drpo_megatron.orchestration.clock import Clock
 from drpo_megatron.orchestration.rollouts import Rollouts
 from drpo_megatron.rewards.failures import FailureWatch
+from drpo_megatron.rewards.scorer import Scored
 from drpo_megatron.types import Completion, Prompt
 from tests.tiny import tiny_config
 
@@ -51,7 +52,7 @@ class Rewards:
     def submit(self, pairs: Sequence[tuple[Prompt, Completion]], receive: Callable[[Any], None]) -> None:
         rewards = [r for prompt, _ in pairs[::SIZE] for r in self.rewards_of(prompt)]
         self.given += rewards
-        receive((rewards, {"num_timeouts": 0, "num_errors": 0}))
+        receive(Scored(rewards, [{"seen": r + 1} for r in rewards], num_timeouts=0, num_errors=0))
 
 
 def rollouts(rewards_of: Callable[[Prompt], Sequence[float]], **rollout: Any) -> tuple[Rollouts, Engines, Rewards]:
@@ -88,6 +89,7 @@ def test_rewards_that_differ_by_rounding_are_drawn_again() -> None:
     assert [number(group.prompt) for group in groups] == list(range(3, 11))
     assert metrics["rollout/equal_group_share"] == 3 / 11
     assert metrics["reward/mean"] == pytest.approx((3 * 0.3 + 8 * 0.5) / 11)
+    assert metrics["reward/seen"] == pytest.approx(1 + metrics["reward/mean"])  # Of all that was drawn, likewise.
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 2])
@@ -115,17 +117,18 @@ def test_the_metrics_of_all_steps_count_every_group_once(staleness: int) -> None
 
 
 class Failing(Rewards):
-    """So many of the rewards of each call fail."""
+    """So many of the rewards of each step fail; the first by a time-out."""
 
     def __init__(self, shares: Sequence[float]) -> None:
         super().__init__(lambda prompt: [0.0] * SIZE)
-        self.shares = list(shares)
+        self.shares, self.num_calls = list(shares), 0
 
     def submit(self, pairs: Sequence[tuple[Prompt, Completion]], receive: Callable[[Any], None]) -> None:
-        failed = round(self.shares.pop(0) * len(pairs))
-        receive(
-            ([0.0] * len(pairs), {"num_timeouts": 1, "num_errors": failed - 1, "example": "reward f: KeyError 'x'"})
-        )
+        num_failed = round(self.shares[self.num_calls // COUNT] * len(pairs))
+        self.num_calls += 1
+        num_timeouts = int(self.num_calls == 1)
+        example = "reward f: KeyError 'x'"
+        receive(Scored([0.0] * len(pairs), [{}] * len(pairs), num_timeouts, num_failed - num_timeouts, example))
 
 
 def taken(shares: Sequence[float], said: list[str]) -> int:

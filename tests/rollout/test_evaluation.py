@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from drpo_megatron.rewards.scorer import Scored
 from drpo_megatron.rollout.engine import GenerationRequest, SamplingParams
 from drpo_megatron.rollout.evaluation import EvalResult, ProblemScores, pass_at_k, score_prompts, summarise
 from drpo_megatron.rollout.score_file import ScoreFile
@@ -28,8 +29,10 @@ class Echo:
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Completion]:
         return [Completion((r.seed % 2,), (0.0,), "length", str(r.seed % 2), 0) for r in requests]
 
-    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> tuple[list[float], dict[str, int]]:
-        return [float(completion.text == prompt.answer) for prompt, completion in pairs], {}
+    def score(self, pairs: Sequence[tuple[Prompt, Completion]]) -> Scored:
+        return Scored(
+            [float(completion.text == prompt.answer) for prompt, completion in pairs], [{}] * len(pairs), 0, 0
+        )
 
 
 def evaluated(prompts: list[Prompt]) -> EvalResult:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ def test_two_groups_of_one_prompt_are_refused() -> None:
 
 
 def test_a_rollout_file_gives_back_the_same_bits(tmp_path: Path) -> None:
-    groups = [group(PROMPTS[0], (1 / 3, 0.0)), group(PROMPTS[1], (1e-300, 2.0))]
+    metrics = ({"n": 1 / 3, "format/ok": 1.0}, {})
+    with_metrics = replace(group(PROMPTS[1], (1e-300, 2.0)), reward_metrics=metrics)
+    groups = [group(PROMPTS[0], (1 / 3, 0.0)), with_metrics]
     write_rollout(tmp_path / "rollout.jsonl", 12, groups, DRAWN_AS)
     assert read_rollout(tmp_path / "rollout.jsonl", DRAWN_AS) == (12, groups)
     assert [p.name for p in tmp_path.iterdir()] == ["rollout.jsonl"]
@@ -198,6 +201,15 @@ def test_the_buffer_comes_back_from_json() -> None:
     [
         (lambda g: g["completions"][0]["logprobs"].__setitem__(1, float("nan")), "holds NaN, which is no JSON"),
         (lambda g: g["completions"][1]["logprobs"].__setitem__(0, float("-inf")), "holds -Infinity, which is no JSON"),
+        (
+            lambda g: g.update(reward_metrics=[{"n": 1.0}]),
+            "is not a rollout group: it has 2 completions and 1 reward_metrics",
+        ),
+        (lambda g: g.update(reward_metrics=[{"n": "1"}, {}]), "metric n of reward 0 is '1'; metrics must be finite"),
+        (
+            lambda g: g.update(reward_metrics=[0.5, {}]),
+            "is not a rollout group: reward_metrics of completion 0 are 0.5",
+        ),
         (
             lambda g: g["completions"][0]["logprobs"].__setitem__(0, 0.7),
             "log mu 0 of completion 0 is 0.7; the log of a",
