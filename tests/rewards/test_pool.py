@@ -214,7 +214,7 @@ def test_a_worker_that_is_killed_from_outside_is_replaced(tmp_path: Path) -> Non
     assert "died with exit code -9" in str(busy.result(PATIENCE_S).failure)
     assert verdicts(workers.submit(responses(["fine"]))) == [Verdict(4.0)]
     # What is not computed when it is closed gets an error, and so does what comes later.
-    late = workers.submit(responses(["hang x", "fine"]))
+    late = workers.submit(responses([f"hang {tmp_path / 'x'}", "fine"]))
     workers.close()
     for future in (*late, *workers.submit(responses(["fine"]))):
         with pytest.raises(RuntimeError, match="the rewards were closed"):
