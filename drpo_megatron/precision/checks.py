@@ -105,19 +105,8 @@ def _server_problems(config: Config, model: dict[str, Any]) -> Iterator[str]:
     rollout = config.precision.rollout.name
     if rollout == "bf16" or rollout not in SGLANG_RECIPES or not isinstance(engine, SGLangEngineSection):
         return
-    heads, kv_heads = model["num_attention_heads"], model["num_key_value_heads"]
-    head_dim, tensor = model.get("head_dim") or model["hidden_size"] // heads, engine.tensor_parallel
-    sizes = {"hidden_size": (model["hidden_size"], 1), "num_attention_heads x head_dim": (heads * head_dim, tensor)}
-    sizes["num_key_value_heads x head_dim"] = kv_heads * head_dim, min(tensor, kv_heads)
-    has_dense = not model.get("moe_intermediate_size") or bool(model.get("mlp_only_layers"))
-    inner = ("intermediate_size",) * has_dense + ("moe_intermediate_size", "shared_expert_intermediate_size")
-    for name in inner:
-        if model.get(name):
-            sizes[name] = model[name], tensor
-    for kind in ("key", "value"):
-        if model.get(f"linear_num_{kind}_heads"):
-            name = f"linear_num_{kind}_heads x linear_{kind}_head_dim"
-            sizes[name] = model[f"linear_num_{kind}_heads"] * model[f"linear_{kind}_head_dim"], tensor
+    tensor = engine.tensor_parallel
+    sizes = _widths(model, tensor, tensor)
     odd = [f"{name}={size} / {ranks} ranks" for name, (size, ranks) in sizes.items() if size % (128 * ranks)]
     if odd:
         yield (
@@ -127,11 +116,35 @@ def _server_problems(config: Config, model: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _widths(model: dict[str, Any], tensor: int, expert_tensor: int) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the matrices that are quantised, by the keys that they are made of: (size, among how many ranks)."""
+    heads, kv_heads = model["num_attention_heads"], model["num_key_value_heads"]
+    head_dim = model.get("head_dim") or model["hidden_size"] // heads
+    sizes = {"hidden_size": (model["hidden_size"], 1), "num_attention_heads x head_dim": (heads * head_dim, tensor)}
+    sizes["num_key_value_heads x head_dim"] = kv_heads * head_dim, min(tensor, kv_heads)
+    has_dense = not model.get("moe_intermediate_size") or bool(model.get("mlp_only_layers"))
+    inner = ("intermediate_size",) * has_dense + ("moe_intermediate_size", "shared_expert_intermediate_size")
+    for name in inner:
+        if model.get(name):
+            sizes[name] = model[name], expert_tensor if name == _experts_key(model) else tensor
+    for kind in ("key", "value"):
+        if model.get(f"linear_num_{kind}_heads"):
+            name = f"linear_num_{kind}_heads x linear_{kind}_head_dim"
+            sizes[name] = model[f"linear_num_{kind}_heads"] * model[f"linear_{kind}_head_dim"], tensor
+    return sizes
+
+
+def _experts_key(model: dict[str, Any]) -> str:
+    """Of an expert's rows: Qwen's, or Mixtral's. A dense model has neither's experts."""
+    is_mixtral = model.get("num_local_experts") and not model.get("moe_intermediate_size")
+    return "intermediate_size" if is_mixtral else "moe_intermediate_size"
+
+
 def _block_problems(config: Config, model: dict[str, Any]) -> Iterator[str]:
     recipe, parts = train_recipe(config.precision.train), config.parallel.expert_tensor
     block = recipe.operands.block if recipe else None
-    inner = model.get("moe_intermediate_size") or model.get("intermediate_size")
-    if block and parts > 1 and inner is not None and (inner // parts) % block:
+    inner = model.get(_experts_key(model))
+    if block and parts > 1 and inner and (inner // parts) % block:
         yield (
             f"precision.train={config.precision.train.name} with parallel.expert_tensor={parts}: it cuts an expert's "
             f"{inner} rows into {inner // parts}, which breaks its {block} x {block} blocks; use "
@@ -148,6 +161,19 @@ def _engine_problems(config: Config, model: dict[str, Any]) -> Iterator[str]:
             "tokens are padded to a multiple of the recipe's, which Megatron-Core does with alltoall only; use "
             "model.moe_token_dispatcher=alltoall"
         )
+    recipe = train_recipe(config.precision.train)
+    assert recipe is not None and recipe.engine is not None
+    parallel = config.parallel
+    sizes = _widths(model, parallel.tensor, parallel.expert_tensor)
+    for name, (size, ranks) in sizes.items():
+        of_experts = has_experts and name in ("hidden_size", _experts_key(model))
+        multiple = recipe.engine.expert_width_multiple if of_experts else recipe.engine.width_multiple
+        if size % (multiple * ranks):
+            yield (
+                f"precision.train={recipe.name} with parallel.tensor={parallel.tensor} and parallel.expert_tensor="
+                f"{parallel.expert_tensor}: {name}={size} / {ranks} ranks is no multiple of {multiple}, and Transformer "
+                "Engine's kernels take no other sides of a matrix; cut less, or use precision.train=bf16"
+            )
     if config.trainer.dtype != "bf16":
         yield (
             f"precision.train={config.precision.train.name} with trainer.dtype={config.trainer.dtype}: around FP8 layers "

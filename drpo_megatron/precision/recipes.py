@@ -60,6 +60,11 @@ class Engine:
     token_multiple: int = 16
     """What the rows of a quantised matrix must be a multiple of, and what Megatron-Core's router pads every expert's rows
     to. The router pads with the rank's own rows: with fewer than this many, an expert stays short of a multiple."""
+    width_multiple: int = 16
+    """What the sides of a rank's weights must be a multiple of: `assert_dim_for_fp8_exec` of its forward and backward; MXFP8's
+    blocks (`MXFP8Quantizer.is_quantizable`); what NVFP4's kernel checks (quantize_transpose_nvfp4.cuh)."""
+    expert_width_multiple: int = 16
+    """The same of experts, whose matrices are quantised together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +114,16 @@ TRAIN_RECIPES: dict[str, Recipe] = {
         Recipe(
             "mxfp8",
             Operands(FORMATS["mxfp8"], FORMATS["mxfp8"], FORMATS["mxfp8"]),
-            Engine(_fp8("mxfp8", "e4m3"), "MXFP8BlockScaling", (2, 1), _BLACKWELL_ON, (12, 8), token_multiple=32),
+            Engine(
+                _fp8("mxfp8", "e4m3"),
+                "MXFP8BlockScaling",
+                (2, 1),
+                _BLACKWELL_ON,
+                cuda=(12, 8),
+                token_multiple=32,
+                width_multiple=32,
+                expert_width_multiple=32,
+            ),
         ),
         Recipe(
             "nvfp4",
@@ -119,8 +133,10 @@ TRAIN_RECIPES: dict[str, Recipe] = {
                 "NVFP4BlockScaling",
                 (2, 7),
                 _BLACKWELL_ON,
-                (12, 8),
+                cuda=(12, 8),
                 token_multiple=128,
+                width_multiple=32,
+                expert_width_multiple=128,
             ),
         ),
         Recipe("e5m2", Operands(FORMATS["e5m2"], FORMATS["e5m2"], FORMATS["e5m2"]), None),

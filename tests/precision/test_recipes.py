@@ -44,7 +44,9 @@ def check(
         if isinstance(name := sections.get("precision", {}).get(key), str):
             sections["precision"] = sections["precision"] | {key: {"name": name}}
     config = tiny_config("unused", **sections)
-    return check_precision(config, (tiny_moe_config(**shape or {}) if moe else tiny_dense_config()).to_dict(), hardware)
+    shape = {name: size for name, size in (shape or {}).items() if moe or not name.startswith("moe_")}
+    model = tiny_moe_config(**shape) if moe else tiny_dense_config(**shape)
+    return check_precision(config, model.to_dict(), hardware)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +187,40 @@ def test_layouts_that_do_not_suit_a_recipe_are_refused() -> None:
         check(HOPPER, precision={"train": "fp8-tensorwise"})
     with pytest.raises(ValueError, match="rollout=mxfp8 with rollout.engine=sglang: SGLang runs bf16 and fp8-block128"):
         check(precision={"rollout": "mxfp8"}, rollout={"engine": {"name": "sglang"}})
+
+
+@pytest.mark.parametrize(
+    ("train", "hardware", "multiple", "of_experts"),
+    [
+        ("fp8-delayed", HOPPER, 16, 16),
+        ("fp8-blockwise", HOPPER, 16, 16),
+        ("mxfp8", BLACKWELL, 32, 32),
+        ("nvfp4", BLACKWELL, 32, 128),
+    ],
+)
+def test_gemms_get_the_widths_that_they_take(train: str, hardware: Hardware, multiple: int, of_experts: int) -> None:
+    """Of matrices as ranks hold them: an expert's rows are cut by expert_tensor, a dense layer's by tensor."""
+    real: dict[str, Any] = {"trainer": {"dtype": "bf16"}, "precision": {"train": train}}
+    parts, inner = {"num_ranks": 2, "tensor": 2, "expert_tensor": 2, "sequence": True}, 256 * of_experts
+    dense = dict(hidden_size=multiple, head_dim=multiple, intermediate_size=2 * multiple)
+    experts = dense | dict(hidden_size=of_experts, moe_intermediate_size=inner)
+    check(hardware, shape=experts, parallel=parts, **real)
+    check(hardware, moe=False, shape=dense, parallel=parts, **real)
+    for moe, sizes, found, needed in (
+        (
+            True,
+            {"moe_intermediate_size": inner + of_experts},
+            f"moe_intermediate_size={inner + of_experts} / 2",
+            of_experts,
+        ),
+        (True, {"hidden_size": of_experts + 8}, f"hidden_size={of_experts + 8} / 1", of_experts),
+        (True, {"head_dim": multiple // 2}, f"num_key_value_heads x head_dim={multiple} / 2", multiple),
+        (False, {"intermediate_size": 3 * multiple}, f"intermediate_size={3 * multiple} / 2", multiple),
+        (False, {"hidden_size": multiple + 8}, f"hidden_size={multiple + 8} / 1", multiple),
+    ):
+        shape = (experts if moe else dense) | sizes
+        with pytest.raises(ValueError, match=f"{found} ranks is no multiple of {needed}, and"):
+            check(hardware, moe=moe, shape=shape, parallel=parts, **real)
 
 
 def test_sglang_computes_in_fp8_where_it_has_kernels() -> None:
