@@ -54,9 +54,14 @@ class Case:
         return replace(self, sections=_merged(self.sections, changes))
 
     def reference(self) -> Case:
-        """The same in one process."""
+        """The same in one process; in the same layout if it is emulated, whose blocks are those of shards."""
+        is_emulated = self.sections.get("precision", {}).get("emulate") is True
         return replace(
-            self, layout="one", goes_on=False, sections=_merged(self.sections, self.compares_with), compares_with={}
+            self,
+            layout=self.layout if is_emulated else "one",
+            goes_on=False,
+            sections=_merged(self.sections, self.compares_with),
+            compares_with={},
         )
 
 

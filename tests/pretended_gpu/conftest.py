@@ -61,7 +61,7 @@ def reference(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Iter
                 if draw:
                     folder = tmp_path_factory.mktemp("hf") / "perturbed"
                     hf_path = perturbed(hf_path, folder, EPS[case.dtype], draw)
-                known[key] = ranks.run(1, run_case, hf_path, case, str(tmp_path_factory.mktemp("cpu")))[0]
+                known[key] = ranks.run(case.num_ranks, run_case, hf_path, case, str(tmp_path_factory.mktemp("cpu")))[0]
             return known[key]
 
         def of(case: Case) -> Reference:

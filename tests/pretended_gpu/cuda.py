@@ -13,8 +13,8 @@ from torch.distributed import distributed_c10d
 
 from tests.pretended_gpu.device import CUDA, GLOO_GROUPS, WAITS, CudaTensor, EveryOperation, inside, is_gpu
 
-CAPABILITY = (9, 0)
-"""Of an H100."""
+H100, B200 = (9, 0), (10, 0)
+"""Compute capabilities."""
 
 
 class _Nothing:
@@ -39,15 +39,15 @@ class _Nothing:
     def __exit__(self, *error: object) -> None: ...
 
 
-def pretend() -> None:
-    """This process has one H100. There is no way back."""
+def pretend(capability: tuple[int, int] = H100) -> None:
+    """This process has one GPU. There is no way back."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     os.environ["TRITON_INTERPRET"] = "1"
     getattr(torch._C, "_ensureCUDADeviceGuardSet", lambda: None)()
     torch.autograd.set_multithreading_enabled(False)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch.version.cuda = "13.0"
-    _cuda_module()
+    _cuda_module(capability)
     _factories()
     _methods()
     _modules()
@@ -55,10 +55,10 @@ def pretend() -> None:
     EveryOperation().__enter__()
 
 
-def _cuda_module() -> None:
-    stream, name = _Nothing(), "Pretended H100"
+def _cuda_module(capability: tuple[int, int]) -> None:
+    stream, name = _Nothing(), "Pretended H100" if capability == H100 else "Pretended B200"
     properties = types.SimpleNamespace(
-        major=CAPABILITY[0], minor=CAPABILITY[1], name=name, total_memory=80 << 30, multi_processor_count=132
+        major=capability[0], minor=capability[1], name=name, total_memory=80 << 30, multi_processor_count=132
     )
     answers: dict[str, Any] = dict(
         _lazy_init=lambda: None,
@@ -69,7 +69,7 @@ def _cuda_module() -> None:
         set_device=lambda device: None,
         device=lambda device: contextlib.nullcontext(),
         device_of=lambda tensor: contextlib.nullcontext(),
-        get_device_capability=lambda device=None: CAPABILITY,
+        get_device_capability=lambda device=None: capability,
         get_device_name=lambda device=None: name,
         get_device_properties=lambda device=None: properties,
         synchronize=lambda device=None: WAITS.add("cuda.synchronize"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from tests.pretended_gpu.limits import assert_same
 
 KL = {"objective": {"anchor": "recompute", "kl_ref": {"coef": 0.1}}}
 MANY = {"trainer": {"max_tokens_per_micro_batch": 48}}
+EMULATED = Case(sections={"precision": {"train": {"name": "fp8-blockwise"}, "emulate": True}}, gradients=False)
+"""A rounding that flips moves single gradients by more than it moves their norms."""
 CASES = {
     **{layout: Case(layout=layout) for layout in LAYOUTS},
     "pp2 resumed": Case(layout="pp2", goes_on=True),
@@ -22,8 +25,11 @@ CASES = {
     "qwen3.5": Case("qwen3.5", "tp2ep2"),
     "anchor and kl": Case(layout="cp2", sections=KL),
     "replay": Case(layout="tp2ep2", sections={"trainer": {"routing_replay": "rollout"}}),
-    # A rounding that flips moves single gradients by more than it moves their norms.
-    "emulated": Case(sections={"precision": {"train": {"name": "fp8-blockwise"}, "emulate": True}}, gradients=False),
+    "emulated": EMULATED,
+    "monitors": replace(
+        EMULATED.with_sections(precision={"keep_bf16": ["first"], "monitor": {"layers_every": 1, "gradient_every": 1}}),
+        layout="tp2ep2",
+    ),
     "many micro-batches": Case(sections=MANY),
 }
 
@@ -42,7 +48,7 @@ def test_trains_like_the_cpu(name: str, train: Train, reference: Any) -> None:
     assert not case.goes_on or all(rank["resumed"] == [] for rank in ranks)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "emulated"])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("emulated", "monitors")])
 def test_limits_are_narrower_than_what_a_fault_does(name: str, reference: Any) -> None:
     """A lost token, expert or shard moves a gradient by percents."""
     limits = reference(CASES[name]).limits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.pretended_gpu import fetch
 from tests.pretended_gpu.budget import MEGATRONS, problems
 from tests.pretended_gpu.cases import LAYOUTS, Case
 from tests.pretended_gpu.conftest import Train, engine_environment, trainer_of
+from tests.pretended_gpu.cuda import B200, H100
 from tests.pretended_gpu.limits import assert_same
 from tests.pretended_gpu.test_local import KL, MANY
 
@@ -32,7 +34,9 @@ CASES = {
     ),
     "many micro-batches": Case(sections=MANY),
 }
-RECIPES = [name for name, recipe in TRAIN_RECIPES.items() if recipe.engine and recipe.engine.capability[0] <= (9, 0)]
+RECIPES = {name: recipe.engine for name, recipe in TRAIN_RECIPES.items() if recipe.engine}
+OF_HOPPER = [name for name, engine in RECIPES.items() if engine.capability[0] <= H100]
+OF_BLACKWELL_ALONE = [name for name in RECIPES if name not in OF_HOPPER]
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +55,32 @@ def test_trains_like_the_cpu(name: str, train: Train, reference: Any) -> None:
     assert not case.goes_on or all(rank["resumed"] == [] for rank in ranks)
 
 
+@pytest.fixture(scope="module")
+def train_on_blackwell(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
+    environment = replace(engine_environment(fetch.NEWEST_ENGINE), name="blackwell", capability=B200)
+    yield from trainer_of(environment, checkpoint, tmp_path_factory.mktemp("blackwell"))
+
+
 @pytest.mark.parametrize("layout", ["tp2ep2", "cp2"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", OF_HOPPER)
 def test_a_recipe_quantises_what_it_should_in_shapes_that_its_gemms_take(
     recipe: str, layout: str, train: Train, reference: Any
 ) -> None:
+    assert_quantised(recipe, layout, train, reference)
+
+
+@pytest.mark.parametrize("layout", ["tp2ep2", "cp2"])
+@pytest.mark.parametrize("recipe", OF_BLACKWELL_ALONE)
+def test_so_does_a_recipe_of_blackwell(recipe: str, layout: str, train_on_blackwell: Train, reference: Any) -> None:
+    assert_quantised(recipe, layout, train_on_blackwell, reference)
+
+
+def assert_quantised(recipe: str, layout: str, train: Train, reference: Any) -> None:
     """The stand-in computes in BF16, so neither side is rounded further."""
     sections = {"precision": {"train": {"name": recipe}, "emulate": False}, "trainer": {"dtype": "bf16"}}
     compares_with = {"precision": {"train": {"name": "bf16"}, "emulate": "auto"}}
     case = Case("moe-fp8", layout, sections, gradients=False, compares_with=compares_with)
-    ranks, engine = train(case), TRAIN_RECIPES[recipe].engine
-    assert engine is not None
+    ranks, engine = train(case), RECIPES[recipe]
     assert_same(ranks, reference(case))
     for rank in ranks:
         assert {name for name, *_ in rank["quantised"]} == {engine.recipe}

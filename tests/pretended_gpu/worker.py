@@ -36,6 +36,7 @@ class Environment:
     """Before everything else on PYTHONPATH."""
     gpu: bool = True
     """Pretended; else the CPU platform."""
+    capability: tuple[int, int] = (9, 0)
     engine: bool = False
     """Transformer Engine, of one of the folders."""
 
@@ -147,7 +148,7 @@ def _prepare(environment: Environment) -> None:
     if environment.gpu:
         from tests.pretended_gpu import cuda, engine
 
-        cuda.pretend()
+        cuda.pretend(environment.capability)
         if environment.engine:
             engine.pretend()
     from drpo_megatron.trainer import platform
