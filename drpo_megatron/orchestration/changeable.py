@@ -65,9 +65,28 @@ def settings(config: Config) -> dict[str, Any]:
 
 def refused(before: dict[str, Any], config: Config) -> list[str]:
     """`KEY=VALUE (the run has VALUE)` for every difference between `settings` of a run and `config`."""
-    now = settings(config)
+    now, before = settings(config), _completed(before, config)
     keys = [key for key in now | before if before.get(key, _MISSING) != now.get(key, _MISSING)]
     return [f"{key}={now.get(key)} (the run has {before.get(key)})" for key in keys]
+
+
+def _completed(before: dict[str, Any], config: Config) -> dict[str, Any]:
+    """With the default of every key that the version lacked which the run was started with."""
+    tree: dict[str, Any] = {}
+    others = {key: value for key, value in _flat(config.model_dump(mode="json")) if is_changeable(key)}
+    known = settings(config).keys()  # What this version has no more is told as a difference.
+    for key, value in (others | {key: value for key, value in before.items() if key in known}).items():
+        *sections, name = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    try:
+        return before | {
+            key: value for key, value in settings(Config.model_validate(tree)).items() if key not in before
+        }
+    except (ValueError, AttributeError, TypeError):  # Of another form: every difference is told.
+        return before
 
 
 def is_changeable(key: str) -> bool:

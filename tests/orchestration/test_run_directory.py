@@ -14,7 +14,7 @@ import yaml
 
 from drpo_megatron.checkpoint.checksums import damaged, read_checksums, sealed, sums_of, write_checksums
 from drpo_megatron.config import Config, describe_fields
-from drpo_megatron.orchestration.changeable import CHANGEABLE
+from drpo_megatron.orchestration.changeable import CHANGEABLE, refused, settings
 from drpo_megatron.orchestration.run_directory import Progress, RunDirectory
 from tests.tiny import tiny_config
 
@@ -95,6 +95,16 @@ def test_a_resume_refuses_what_makes_it_another_run_by_name(tmp_path: Path) -> N
     other.write_text(yaml.safe_dump(tree))
     with pytest.raises(ValueError, match=r"run\.seed=7 \(the run has 1\)"):
         RunDirectory.reopen(run.path, other, [])
+
+
+def test_a_run_of_a_version_without_a_key_had_its_default(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    before = {key: value for key, value in settings(config).items() if key != "model.moe_aux_loss_coeff"}
+    assert len(before) == len(settings(config)) - 1
+    assert refused(before, config) == []
+    changed = tiny_config(tmp_path, model={"moe_aux_loss_coeff": 0.5})
+    assert refused(before, changed) == ["model.moe_aux_loss_coeff=0.5 (the run has 0.0)"]
+    assert refused(before | {"reward.gone": 1}, config) == ["reward.gone=None (the run has 1)"]
 
 
 def test_a_complete_run_is_not_resumed_unless_it_becomes_longer(tmp_path: Path) -> None:
