@@ -10,6 +10,7 @@ import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = next(
@@ -18,6 +19,18 @@ VERSION = next(
     if line.startswith("__version__")
 )
 VERSIONS = runpy.run_path(str(ROOT / "drpo_megatron" / "versions.py"))
+
+
+class WithRecipe(build_py):
+    """A wheel has the quickstart's recipe, too, which a checkout has beside the package."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, "drpo_megatron", "examples")
+            self.mkpath(str(target))
+            self.copy_file(str(ROOT / "examples" / "quickstart.yaml"), str(target))
+
 
 setup(
     name="drpo_megatron",
@@ -28,5 +41,6 @@ setup(
     packages=find_packages(include=["drpo_megatron", "drpo_megatron.*"]),
     install_requires=[needed.specifier for needed in VERSIONS["REQUIRED"]],
     extras_require={name: [needed.specifier for needed in extra] for name, extra in VERSIONS["EXTRAS"].items()},
+    cmdclass={"build_py": WithRecipe},
     entry_points={"console_scripts": ["drpo-megatron = drpo_megatron.cli:main"]},
 )

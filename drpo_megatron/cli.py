@@ -28,6 +28,7 @@ from drpo_megatron.commands import (
     doctor,
     eval,
     plan,
+    quickstart,
     rollout,
     slurm,
     study,
@@ -119,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add(commands, style)
     eval.add(commands, style)
     plan.add(commands, style)
+    quickstart.add(commands, style, _train)
     rollout.add(commands, style)
     slurm.add(commands, style)
     study.add(commands, style)
