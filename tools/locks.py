@@ -40,8 +40,8 @@ SGLANG_CPU = (
     "transformers==5.19.0", "xgrammar==0.2.7", "aiohttp", "apache-tvm-ffi", "compressed-tensors", "dill",
     "einops", "fastapi", "gguf", "hf-xet", "huggingface_hub", "interegular", "IPython", "jsonschema", "loguru",
     "msgspec", "numpy", "openai==2.8.0", "openai-harmony==0.0.4", "orjson", "packaging",
-    "partial_json_parser", "pillow", "prometheus-client", "psutil", "pybase64", "pydantic", "python-",
-    "multipart", "pyzmq", "requests", "safetensors", "sentencepiece", "setproctitle", "soundfile", "tiktoken",
+    "partial_json_parser", "pillow", "prometheus-client", "psutil", "pybase64", "pydantic",
+    "python-multipart", "pyzmq", "requests", "safetensors", "sentencepiece", "setproctitle", "soundfile", "tiktoken",
     "tqdm", "uvicorn", "uvloop", "watchfiles", "xxhash", "zstandard", "setuptools",
     # fmt: on
 )

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from drpo_megatron import versions
 
@@ -64,6 +66,15 @@ def test_a_lock_says_what_the_table_says(row: versions.Stack) -> None:
     else:  # Torch comes first, by its pin, and a bare build of it would fight the CUDA packages of the public one.
         assert [name for name in found if re.match(r"torch$|nvidia|cuda|sglang|torchvision", name)] == []
         assert row.torch == versions.TORCH
+
+
+def test_a_lock_pins_all_that_is_asked_for() -> None:
+    """So what `make locks` would resolve are names that exist, in versions that a lock has."""
+    for lock in runpy.run_path(str(ROOT / "tools" / "locks.py"))["locks"]():
+        found = {canonicalize_name(name): version for name, version in pins(lock.path).items()}
+        for wanted in map(Requirement, lock.wanted):
+            if lock.left_out is None or not lock.left_out.match(wanted.name):
+                assert wanted.specifier.contains(found[canonicalize_name(wanted.name)]), f"{lock.name}: {wanted}"
 
 
 def test_environments_on_gpus_share_a_communicator() -> None:
