@@ -216,7 +216,11 @@ def test_what_convert_accepts_comes_back(directory: Path) -> None:
                 lost = (
                     []
                     if code
-                    else [name for name in not_equal(Path("sharded"), Path("back")) if ascii(name)[1:-1] not in told + also]
+                    else [
+                        name
+                        for name in not_equal(Path("sharded"), Path("back"))
+                        if ascii(name)[1:-1] not in told + also
+                    ]
                 )
                 num_accepted += 1
                 if code or lost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -21,6 +22,7 @@ from drpo_megatron.types import Completion
 from tests.rollout.conftest import Served, launch
 from tests.rollout.test_sglang_engine import Weights, logprobs, publish, reference, requests, weights
 from tests.rollout.test_sglang_update import assert_mu_is_of_the_versions_that_drew
+from tests.tiny import SAME_WEIGHTS
 
 pytestmark = pytest.mark.slow
 
@@ -50,16 +52,23 @@ def end(server: SGLangServer, number: signal.Signals) -> None:
 
 
 def draw(engine: SGLangEngine, wanted: list[GenerationRequest], on_first: Callable[[], None]) -> list[Completion]:
-    """As `generate`; `on_first` is called when the first group is there and others still run."""
-    done: dict[int, Completion] = {}
-    for group in engine.stream(wanted, SamplingParams(150)):
-        if not done:
-            assert all(server.load for server in engine.router._servers)
-            on_first()
-        for index, completion in group:
-            assert index not in done
-            done[index] = completion
-    return [done[i] for i in range(len(wanted))]
+    """As `generate`; `on_first` is called when the first group is there and both servers still draw others.
+
+    On a busy machine one of them may have drawn all of its own by then: that is drawn again.
+    """
+    for _ in range(5):
+        done: dict[int, Completion] = {}
+        both_draw = False
+        for group in engine.stream(wanted, SamplingParams(150)):
+            if not done and all(server.load for server in engine.router._servers):
+                both_draw = True
+                on_first()
+            for index, completion in group:
+                assert index not in done
+                done[index] = completion
+        if both_draw:
+            return [done[i] for i in range(len(wanted))]
+    raise AssertionError("one of two servers had drawn all of its own before the first group was there, five times")
 
 
 def assert_drawn_by(pair: Served, tensors: Weights, version: int, drawn: list[Completion], count: int) -> None:
@@ -69,7 +78,7 @@ def assert_drawn_by(pair: Served, tensors: Weights, version: int, drawn: list[Co
         assert completion.policy_version == version
         assert completion.finish_reason in ("stop", "length")
         expected = logprobs(model, request.prompt_ids, completion.token_ids, 1.0)
-        assert completion.logprobs == pytest.approx(expected, abs=1e-4)  # See test_sglang_engine.py.
+        assert completion.logprobs == pytest.approx(expected, abs=SAME_WEIGHTS)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -166,10 +175,13 @@ def test_a_broadcast_that_breaks_off_begins_anew(pair: Served, fault: str) -> No
     def cut() -> None:
         """Every connection of this process with the servers' process group; HTTP stays."""
         http = {int(client.endpoint.url.rsplit(":", 1)[1]) for client in engine.clients}
+        num_cut = 0
         for connection in psutil.Process().net_connections("tcp"):
             if connection.raddr and connection.raddr.port not in http:
-                with socket.socket(fileno=os.dup(connection.fd)) as copy:
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as copy:
                     copy.shutdown(socket.SHUT_RDWR)
+                    num_cut += 1  # An earlier test's may close while we look.
+        assert num_cut
 
     faults = {"server killed": lambda: end(pair.keepers[1].server, signal.SIGKILL), "connections cut": cut}
     version = publish(engine, tensors, after_first_bucket=faults[fault])

@@ -18,6 +18,7 @@ from drpo_megatron.rollout.sglang_engine import SGLangEngine
 from drpo_megatron.rollout.sglang_server import Endpoint
 from tests.rollout.conftest import Served
 from tests.rollout.test_sglang_engine import logprobs, publish, reference, requests, weights
+from tests.tiny import SAME_WEIGHTS
 
 Spoil = Callable[[dict[str, Any]], str]
 
@@ -100,7 +101,7 @@ def test_spoilt_answers_are_asked_for_again(sglang: Served) -> None:
     for request, completion in zip(wanted, drawn, strict=True):
         assert completion.policy_version == version
         expected = logprobs(model, request.prompt_ids, completion.token_ids, 1.0)
-        assert completion.logprobs == pytest.approx(expected, abs=1e-4)  # See test_sglang_engine.py.
+        assert completion.logprobs == pytest.approx(expected, abs=SAME_WEIGHTS)
 
 
 def test_a_server_that_only_talks_nonsense_ends_the_rollout_by_name(sglang: Served) -> None:

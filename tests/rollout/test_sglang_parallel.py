@@ -9,6 +9,7 @@ import pytest
 from drpo_megatron.rollout.engine import SamplingParams
 from tests.rollout.conftest import Served, launch
 from tests.rollout.test_sglang_engine import logprobs, publish, reference, requests, weights
+from tests.tiny import SAME_WEIGHTS
 
 pytestmark = pytest.mark.slow
 
@@ -31,4 +32,4 @@ def test_two_ranks_draw_with_the_weights_that_were_sent(two_ranks: Served, sync:
     for request, completion in zip(requests(16), drawn, strict=True):
         assert completion.policy_version == version
         expected = logprobs(model, request.prompt_ids, completion.token_ids, 1.0)
-        assert completion.logprobs == pytest.approx(expected, abs=1e-4)  # See test_sglang_engine.py.
+        assert completion.logprobs == pytest.approx(expected, abs=SAME_WEIGHTS)
