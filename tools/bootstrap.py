@@ -257,8 +257,8 @@ def lint():
 
 def pytest(*arguments):
     # Files side by side, those that take long first (tests/conftest.py): most of a test's time is the start of a process,
-    # which uses one core, or waiting: with three on two cores a third of the time was idle.
-    in_trainer("-m", "pytest", "-n", "4", "--dist", "loadfile", "--no-loadscope-reorder", *arguments)
+    # which uses one core, or waiting. Four at a time were no faster on two cores than three.
+    in_trainer("-m", "pytest", "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder", *arguments)
 
 
 def unit():

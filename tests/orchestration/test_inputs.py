@@ -68,7 +68,6 @@ def test_the_real_length_of_prompts_counts(directory: Path, monkeypatch: pytest.
     [
         ("reward={name: import, path: 'my_rewards:missing'}", "my_rewards has no callable 'missing'"),
         ("reward={name: import, path: 'no_such_module:f'}", "module 'no_such_module' cannot be imported"),
-        ("reward={name: import, path: 'bad_rewards:later'}", "later is async"),
         ("reward={name: import, path: 'bad_rewards:Scorer'}", "Scorer is a class"),
         ("reward={name: import, path: 'bad_rewards:two'}", "two is called with 3 positional arguments"),
         ("objective={name: import, path: 'no_such_module:f'}", "objective path='no_such_module:f': module"),

@@ -35,6 +35,7 @@ def test_there_is_a_lock_for_each_row_of_the_table_and_no_other() -> None:
     assert [lock.name for lock in LOCKS] == sorted(row.lock for row in versions.STACKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [lock.stem for lock in LOCKS])
 def test_pip_finds_no_conflict_in_a_lock_beside_the_public_torch(name: str) -> None:
     """A dry run for every Python and machine that it names; only metadata is read."""

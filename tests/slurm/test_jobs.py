@@ -51,7 +51,7 @@ def submit(directory: Path, run_dir: str) -> str:
 def wait_for_step(slurm: Slurm, job: str, run_dir: Path, step: int) -> None:
     def has_come() -> bool:
         state = slurm.job(job)["JobState"]
-        assert state in ("PENDING", "CONFIGURING", "RUNNING"), f"{state}\n{text(run_dir, job)}"
+        assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), f"{state}\n{text(run_dir, job)}"
         return any(row["step"] >= step for row in command.metrics(run_dir))
 
     wait_until(has_come, f"step {step} of job {job}", TIMEOUT_S)
