@@ -100,7 +100,7 @@ STACKS = (
         nccl="2.29.7",
         triton="3.7.1",
         megatron_core="0.16.1",
-        proof="all tests on 3.11, in parts; short runs and tests without processes on 3.12 and 3.13",
+        proof="all tests on 3.11; short runs and tests without processes on 3.12 and 3.13",
     ),
     Stack(
         "SGLang without a GPU",
@@ -111,7 +111,7 @@ STACKS = (
         nccl="2.29.7",
         triton="3.7.1",
         sglang=SGLANG,
-        proof="all tests on 3.11, in parts; log-probs against transformers on 3.12 and 3.13",
+        proof="all tests on 3.11; log-probs against transformers on 3.12 and 3.13",
     ),
     Stack(
         "trainer on GPUs",
