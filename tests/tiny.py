@@ -57,8 +57,8 @@ _QWEN3_5: dict[str, Any] = {name: _SHAPE[name] for name in _SHAPE.keys() - {"int
 
 SAME_WEIGHTS = 1e-4
 """How far log-probs, and |pi - mu| all the more, of two programs with the same weights may be apart, in nats. FP32 leaves
-2e-6 between SGLang and transformers on these models, with whichever of a CPU's instructions and orders of summation
-(tests/test_arithmetic.py). Weights that are each off by one update of lr 1e-3 give 9e-3 or more, of lr 1e-4 7e-4 or more."""
+2e-6 between SGLang and transformers on these models, measured on one machine: fifty times less. Weights
+that are each off by one update of lr 1e-3 give 9e-3 or more, of lr 1e-4 7e-4 or more."""
 
 
 def tiny_moe_config(**changes: Any) -> Qwen3MoeConfig:

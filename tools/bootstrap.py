@@ -257,7 +257,7 @@ def lint():
 
 def pytest(*arguments):
     # Files side by side, those that take long first (tests/conftest.py): most of a test's time is the start of a process,
-    # which uses one core, or waiting. Four at a time were no faster on two cores than three.
+    # which uses one core, or waiting.
     in_trainer("-m", "pytest", "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder", *arguments)
 
 

@@ -68,7 +68,6 @@ def test_the_gradient_is_that_of_the_definition_in_every_layout(parallel: dict[s
     assert sum(name.endswith("mlp.gate.weight") for name in compared) == 4
     for name in compared:
         expected = model.get_parameter(name).grad
-        # FP32 loses at most 1e-5 of the largest in four layers, on either side (sums of 2^10 terms are off by 2^5 roundings
-        # of 6e-8 each). A coefficient or a share that is off by 1e-3 shows.
+        # FP32 loses 1e-6 to 1e-5 of the largest here, on either side. A coefficient or a share that is off by 1e-3 shows.
         tolerance = 1e-4 * expected.abs().max().item()
         assert (got[name] - expected).abs().max() <= tolerance, name
